@@ -1,0 +1,182 @@
+//! Every bound of the agent, with its unit in the name and its reason beside it.
+//!
+//! A buffer, queue or wait that is not bounded by a constant of this file, or by a setting whose
+//! range stands here, is a bug. The relations that other code rests on are asserted at the end,
+//! at compile time.
+
+use std::time::Duration;
+
+pub const KIB: usize = 1024;
+pub const MIB: usize = 1024 * KIB;
+
+// ---- names ------------------------------------------------------------------------------------
+
+/// A task or attempt id of the control plane. UUIDs take 36; old servers use longer names.
+pub const ID_BYTES_MAX: usize = 128;
+
+/// An agent id, a message id of the server, an error code: longer ones are refused.
+pub const NAME_BYTES_MAX: usize = 256;
+
+// ---- capture ----------------------------------------------------------------------------------
+
+/// One chunk of output: the capture buffer, and the largest flush threshold.
+pub const CHUNK_BYTES_MAX: usize = 16 * KIB;
+
+/// Full chunks of one stream that wait for their commit. Several, so that one commit carries
+/// several; when all wait, the pipe is not read and the child waits.
+pub const CHUNKS_WAITING_MAX: usize = 8;
+
+/// A buffer of one chunk of output, reused for the life of its stream.
+pub type ChunkBuffer = heapless::Vec<u8, CHUNK_BYTES_MAX>;
+pub type Chunk = Box<ChunkBuffer>;
+/// Consecutive chunks of one stream that are committed together.
+pub type ChunkBatch = heapless::Vec<Chunk, CHUNKS_WAITING_MAX>;
+
+/// While no session is active nobody watches, and flash wears: flush this seldom.
+pub const FLUSH_INTERVAL_OFFLINE: Duration = Duration::from_secs(1);
+
+/// Between attempts to store chunks that the store refused.
+pub const STORE_RETRY_DELAY: Duration = Duration::from_millis(200);
+
+/// A task has ended and its last chunks still cannot be stored: they are given up after this, and
+/// the final goes by report.
+pub const STORE_GIVE_UP: Duration = Duration::from_secs(60);
+
+/// A shell has exited but a child of it still holds the pipe: what comes later is let go.
+pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(2);
+
+/// A command. A longer one ends `failed` with the reason.
+pub const COMMAND_BYTES_MAX: usize = MIB;
+
+/// The tail of a stream that a final may carry (`HOSTLINK_TASK_FINAL_OUTPUT_BYTES`).
+pub const FINAL_OUTPUT_BYTES_DEFAULT: usize = 64 * KIB;
+pub const FINAL_OUTPUT_BYTES_MAX: usize = MIB;
+
+/// A sentence that says why a task failed.
+pub const REASON_BYTES_MAX: usize = 1024;
+
+/// Tasks that run at once (`HOSTLINK_TASK_CONCURRENCY`).
+pub const CONCURRENCY_MAX: usize = 4;
+
+// ---- session ----------------------------------------------------------------------------------
+
+/// Messages sent and not yet acknowledged.
+pub const WINDOW_MESSAGES: usize = 64;
+/// Raw payload bytes sent and not yet acknowledged. A larger message goes alone.
+pub const WINDOW_BYTES: usize = 256 * KIB;
+/// Of both, at most half is for one stream, so that no stream shuts out the others.
+pub const WINDOW_STREAM_MESSAGES: usize = WINDOW_MESSAGES / 2;
+pub const WINDOW_STREAM_BYTES: usize = WINDOW_BYTES / 2;
+
+/// A message without acknowledgement is sent again after this, once; then the session is closed.
+pub const ACK_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A stream that fills its half of the window without an acknowledgement for this long is passed
+/// over, so that others are not held up behind it.
+pub const STREAM_STALL: Duration = Duration::from_secs(1);
+
+/// Reports of the same gap, or sessions without progress, after which a stream is given up
+/// (PROTOCOL.md 3, Errors).
+pub const STREAM_FAILURES_MAX: u32 = 3;
+
+/// Streams whose failures are remembered between sessions.
+pub const STREAM_FAILURES_REMEMBERED: usize = 64;
+
+/// Hello frame, encoded.
+pub const HELLO_BYTES_MAX: usize = 256 * KIB;
+
+/// From the upgrade to `agent.hello_ack`.
+pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
+/// From a ping to its pong, or to anything else that arrives.
+pub const PONG_TIMEOUT: Duration = Duration::from_secs(20);
+/// A socket write that makes no progress.
+pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// A session that was active this long resets the reconnect backoff.
+pub const BACKOFF_RESET: Duration = Duration::from_secs(30);
+/// Below this no reconnect delay falls, whatever the jitter.
+pub const RECONNECT_FLOOR: Duration = Duration::from_millis(100);
+/// A `Retry-After` beyond this is cut: the device must not be sent away for days.
+pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
+
+/// Attempts that wait for a free place to run. A further one is refused unrecorded.
+pub const TASK_QUEUE_MAX: usize = 256;
+
+// ---- network ----------------------------------------------------------------------------------
+
+/// A frame and a message that the server sends.
+pub const INBOUND_MESSAGE_BYTES_MAX: usize = MIB;
+/// An HTTP response body.
+pub const RESPONSE_BODY_BYTES_MAX: usize = 4 * MIB;
+/// The head of an HTTP response.
+pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
+/// Frames waiting in the control lane of the write loop.
+pub const CONTROL_LANE_FRAMES: usize = 16;
+/// Encoded frames waiting in the data lane of the write loop.
+pub const DATA_LANE_FRAMES: usize = 4;
+/// The WebSocket library's write buffer is flushed at this size …
+pub const WRITE_BUFFER_BYTES: usize = 64 * KIB;
+/// … and fails beyond this one, so a single final must fit: two texts, each byte of which JSON may
+/// write as six, and the envelope.
+pub const WRITE_BUFFER_BYTES_MAX: usize =
+    WRITE_BUFFER_BYTES + 2 * 6 * FINAL_OUTPUT_BYTES_MAX + 64 * KIB;
+/// Name resolution, TCP connect, proxy and TLS handshake together.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// One HTTP request from its first byte to the last byte of its answer.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+// ---- outbox -----------------------------------------------------------------------------------
+
+/// A log segment; smaller where the cap asks for it.
+pub const SEGMENT_BYTES: usize = 256 * KIB;
+/// The cap is never divided into fewer segments than this.
+pub const SEGMENTS_MIN: u64 = 8;
+/// A commit begins on this border, so that a torn sector never holds bytes confirmed earlier.
+pub const SECTOR_BYTES: usize = 512;
+pub const SPOOL_CAP_BYTES_DEFAULT: u64 = 64 * MIB as u64;
+pub const SPOOL_CAP_BYTES_MIN: u64 = MIB as u64;
+pub const SPOOL_CAP_BYTES_MAX: u64 = 64 * 1024 * MIB as u64;
+pub const TERMINAL_RESERVE_BYTES_DEFAULT: u64 = MIB as u64;
+pub const TERMINAL_RESERVE_BYTES_MIN: u64 = 256 * KIB as u64;
+/// The in-memory store: used where the disk cannot be.
+pub const MEMORY_STORE_BYTES: usize = MIB;
+/// Attempts that are not finished and acknowledged; their ids stay in memory.
+pub const OPEN_ATTEMPTS_MAX: usize = 1024;
+/// Finished and acknowledged attempts that are remembered (PROTOCOL.md 4.6).
+pub const FINISHED_ATTEMPTS_MAX: usize = 4096;
+/// Commands that wait for the storage thread; a further sender waits.
+pub const STORAGE_QUEUE: usize = 64;
+/// The index may take this long, and this much memory, to open after an unclean stop.
+pub const INDEX_CHECK_TIMEOUT: Duration = Duration::from_secs(10);
+pub const INDEX_CHECK_MEMORY_BYTES: u64 = 64 * MIB as u64;
+/// Between attempts to leave the in-memory store for the disk again.
+pub const STORE_REOPEN_INTERVAL: Duration = Duration::from_secs(30);
+
+// ---- the sum ----------------------------------------------------------------------------------
+//
+// Worst case of what the agent itself holds, in bytes, with the default settings:
+//
+//   executor   CONCURRENCY_MAX × 2 streams × (CHUNKS_WAITING_MAX + 1) × CHUNK_BYTES_MAX   1,152 KiB
+//              CONCURRENCY_MAX × 2 tails × FINAL_OUTPUT_BYTES_DEFAULT                       512 KiB
+//   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
+//              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
+//              one segment read for replay                                                  256 KiB
+//   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
+//   net        data lane, DATA_LANE_FRAMES × 16 KiB, six times that if JSON must escape     384 KiB
+//              one inbound message, raw and decoded                                       2,048 KiB
+//
+// One CPU-bound device runs one task (the default concurrency) and needs a quarter of the first
+// three lines.
+
+const _: () = {
+    assert!(WINDOW_STREAM_BYTES >= CHUNK_BYTES_MAX);
+    assert!(WINDOW_STREAM_MESSAGES >= CHUNKS_WAITING_MAX);
+    assert!(CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX <= SEGMENT_BYTES);
+    assert!(SEGMENT_BYTES as u64 * SEGMENTS_MIN <= SPOOL_CAP_BYTES_DEFAULT);
+    assert!(SEGMENT_BYTES.is_multiple_of(SECTOR_BYTES));
+    assert!(2 * FINAL_OUTPUT_BYTES_DEFAULT as u64 <= TERMINAL_RESERVE_BYTES_MIN);
+    assert!(TERMINAL_RESERVE_BYTES_MIN <= SPOOL_CAP_BYTES_MIN / 2);
+    assert!(COMMAND_BYTES_MAX <= INBOUND_MESSAGE_BYTES_MAX);
+    assert!(INBOUND_MESSAGE_BYTES_MAX <= RESPONSE_BODY_BYTES_MAX);
+    assert!(HELLO_BYTES_MAX < WRITE_BUFFER_BYTES_MAX);
+    assert!(ID_BYTES_MAX <= u8::MAX as usize);
+};
