@@ -1,0 +1,244 @@
+//! The JSON envelope of every WebSocket text frame (PROTOCOL.md 3).
+
+use std::borrow::Cow;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+
+use super::timestamp::Timestamp;
+use crate::ids::Ids;
+use crate::limits::NAME_BYTES_MAX;
+
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// Why a frame is no valid envelope. All of them end the session (PROTOCOL.md 3).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DecodeError {
+    /// No JSON, a missing field, or a field of the wrong type or range.
+    Malformed(String),
+    /// Another version of the protocol.
+    Version(u32),
+    /// Addressed to somebody else.
+    WrongAgent(String),
+    /// Well-formed, with a value that the contract does not allow.
+    Invalid(&'static str),
+}
+
+impl fmt::Display for DecodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DecodeError::Malformed(why) => write!(f, "the frame is no valid envelope: {why}"),
+            DecodeError::Version(version) => {
+                write!(
+                    f,
+                    "protocol version {version}, only {PROTOCOL_VERSION} is known"
+                )
+            }
+            DecodeError::WrongAgent(agent) => write!(f, "the frame is for agent {agent:?}"),
+            DecodeError::Invalid(what) => write!(f, "the frame has an invalid {what}"),
+        }
+    }
+}
+
+impl std::error::Error for DecodeError {}
+
+impl From<serde_json::Error> for DecodeError {
+    fn from(error: serde_json::Error) -> DecodeError {
+        DecodeError::Malformed(error.to_string())
+    }
+}
+
+/// A decoded envelope whose payload is still text. Sizes of all names are checked.
+#[derive(Debug)]
+pub struct Envelope<'a> {
+    pub message_id: Cow<'a, str>,
+    pub kind: Cow<'a, str>,
+    pub agent_id: Cow<'a, str>,
+    pub ids: Option<Ids>,
+    /// At least 1 where present.
+    pub sequence: Option<u64>,
+    pub sent_at: Cow<'a, str>,
+    payload: Option<&'a RawValue>,
+}
+
+impl<'a> Envelope<'a> {
+    /// Reads one text frame that should be addressed to (or come from) `agent_id`.
+    pub fn decode(frame: &'a str, agent_id: &str) -> Result<Envelope<'a>, DecodeError> {
+        #[derive(Deserialize)]
+        struct Raw<'a> {
+            protocol_version: u32,
+            #[serde(borrow)]
+            message_id: Cow<'a, str>,
+            #[serde(borrow, rename = "type")]
+            kind: Cow<'a, str>,
+            #[serde(borrow)]
+            agent_id: Cow<'a, str>,
+            #[serde(borrow)]
+            task_id: Option<Cow<'a, str>>,
+            #[serde(borrow)]
+            execution_attempt_id: Option<Cow<'a, str>>,
+            sequence: Option<u64>,
+            #[serde(borrow)]
+            sent_at: Option<Cow<'a, str>>,
+            #[serde(borrow)]
+            payload: Option<&'a RawValue>,
+        }
+        let raw: Raw<'a> = serde_json::from_str(frame)?;
+        if raw.protocol_version != PROTOCOL_VERSION {
+            return Err(DecodeError::Version(raw.protocol_version));
+        }
+        for (name, value) in [
+            ("message_id", &raw.message_id),
+            ("type", &raw.kind),
+            ("agent_id", &raw.agent_id),
+        ] {
+            if value.is_empty() || value.len() > NAME_BYTES_MAX {
+                return Err(DecodeError::Invalid(name));
+            }
+        }
+        if raw.agent_id != agent_id {
+            return Err(DecodeError::WrongAgent(raw.agent_id.into_owned()));
+        }
+        if raw.sequence == Some(0) {
+            return Err(DecodeError::Invalid("sequence"));
+        }
+        let attempt_id = raw.execution_attempt_id.unwrap_or_default();
+        let ids = match raw.task_id {
+            None => None,
+            Some(task_id) if task_id.is_empty() => None,
+            Some(task_id) => Some(
+                Ids::new(&task_id, &attempt_id)
+                    .ok_or(DecodeError::Invalid("task_id or execution_attempt_id"))?,
+            ),
+        };
+        Ok(Envelope {
+            message_id: raw.message_id,
+            kind: raw.kind,
+            agent_id: raw.agent_id,
+            ids,
+            sequence: raw.sequence,
+            sent_at: raw.sent_at.unwrap_or_default(),
+            payload: raw.payload,
+        })
+    }
+
+    /// The payload as `T`. An absent or `null` one reads as `{}`.
+    pub fn payload<T: Deserialize<'a>>(&self) -> Result<T, DecodeError> {
+        let text = match self.payload.map(RawValue::get) {
+            None | Some("null") => "{}",
+            Some(text) => text,
+        };
+        serde_json::from_str(text)
+            .map_err(|error| DecodeError::Malformed(format!("payload of {}: {error}", self.kind)))
+    }
+
+    /// The attempt that a `task.*` message must name, with a result channel.
+    pub fn attempt(&self) -> Result<Ids, DecodeError> {
+        self.ids
+            .clone()
+            .filter(Ids::has_result_channel)
+            .ok_or(DecodeError::Invalid("task_id or execution_attempt_id"))
+    }
+}
+
+/// An envelope to be written. `payload` must serialize as an object.
+#[derive(Serialize)]
+pub(super) struct Outgoing<'a, I: Serialize, P: Serialize> {
+    pub protocol_version: u32,
+    pub message_id: I,
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    pub agent_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution_attempt_id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sequence: Option<u64>,
+    pub sent_at: Timestamp,
+    pub payload: P,
+}
+
+/// The payload `{}`.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Empty {}
+
+/// What every frame of one sender has in common.
+pub(super) struct Header<'a, I> {
+    pub message_id: I,
+    pub agent_id: &'a str,
+    pub sent_at: Timestamp,
+}
+
+/// Appends one frame to `out`.
+pub(super) fn write_frame<I: Serialize, P: Serialize>(
+    out: &mut Vec<u8>,
+    header: Header<'_, I>,
+    kind: &'static str,
+    ids: Option<&Ids>,
+    sequence: Option<u64>,
+    payload: P,
+) {
+    let frame = Outgoing {
+        protocol_version: PROTOCOL_VERSION,
+        message_id: header.message_id,
+        kind,
+        agent_id: header.agent_id,
+        task_id: ids.map(|ids| ids.task.as_str()),
+        execution_attempt_id: ids.map(|ids| ids.attempt.as_str()),
+        sequence,
+        sent_at: header.sent_at,
+        payload,
+    };
+    serde_json::to_writer(out, &frame)
+        .expect("writing to memory does not fail and the types have only string keys");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ACK: &str = r#"{"protocol_version":1,"message_id":"m","type":"ack","agent_id":"a",
+        "task_id":null,"sequence":null,"future":[1],"payload":null}"#;
+
+    #[test]
+    fn null_reads_as_absent_and_unknown_fields_are_ignored() {
+        let envelope = Envelope::decode(ACK, "a").expect("valid");
+        assert_eq!(envelope.kind, "ack");
+        assert_eq!(envelope.ids, None);
+        envelope.payload::<Empty>().expect("reads as {}");
+    }
+
+    #[test]
+    fn what_is_no_envelope_is_refused() {
+        let check = |frame: &str| Envelope::decode(frame, "a").expect_err(frame);
+        for frame in [
+            "",
+            "[]",
+            "nonsense",
+            "{}",
+            &ACK.replace("\"message_id\":\"m\",", ""),
+            &ACK.replace("\"m\"", "\"\""),
+            &ACK.replace("\"m\"", &format!("\"{}\"", "m".repeat(NAME_BYTES_MAX + 1))),
+            &ACK.replace("\"sequence\":null", "\"sequence\":0"),
+            &ACK.replace("\"sequence\":null", "\"sequence\":-1"),
+            &ACK.replace("\"sequence\":null", "\"sequence\":1e400"),
+            &ACK.replace("\"type\"", "\"message_id\":\"n\",\"type\""),
+            &ACK.replace(
+                "\"task_id\":null",
+                &format!("\"task_id\":\"{}\"", "t".repeat(200)),
+            ),
+        ] {
+            check(frame);
+        }
+        assert_eq!(
+            check(&ACK.replace("\"protocol_version\":1", "\"protocol_version\":2")),
+            DecodeError::Version(2)
+        );
+        assert_eq!(
+            Envelope::decode(ACK, "b").expect_err("wrong agent"),
+            DecodeError::WrongAgent("a".into())
+        );
+    }
+}
