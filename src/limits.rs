@@ -79,6 +79,17 @@ pub const STREAM_STALL: Duration = Duration::from_secs(1);
 /// (PROTOCOL.md 3, Errors).
 pub const STREAM_FAILURES_MAX: u32 = 3;
 
+/// After a resend for a gap error, the next report of the same gap counts this much later: until
+/// then reports may still be about what was sent before.
+pub const GAP_ROUND: Duration = Duration::from_secs(1);
+
+/// Streams and finals that the session follows at once: those in flight, and as many again that
+/// are being sent again or passed over.
+pub const LANES_MAX: usize = 2 * WINDOW_MESSAGES;
+
+/// Batches handed to the write loop and not yet written.
+pub const BATCHES_IN_WRITER: usize = 2;
+
 /// Streams whose failures are remembered between sessions.
 pub const STREAM_FAILURES_REMEMBERED: usize = 64;
 
