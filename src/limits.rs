@@ -43,7 +43,16 @@ pub const STORE_RETRY_DELAY: Duration = Duration::from_millis(200);
 pub const STORE_GIVE_UP: Duration = Duration::from_secs(60);
 
 /// A shell has exited but a child of it still holds the pipe: what comes later is let go.
-pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(2);
+pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(1);
+
+/// What is still read from a pipe that is let go: as much as the largest pipe holds.
+pub const LEFTOVER_PIPE_BYTES: usize = MIB;
+
+/// Where the kernel has no pidfd, a process is looked at this often.
+pub const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// One argument of a new process (`MAX_ARG_STRLEN` of Linux), its terminating NUL included.
+pub const ARGUMENT_BYTES_MAX: usize = 128 * KIB;
 
 /// A command. A longer one ends `failed` with the reason.
 pub const COMMAND_BYTES_MAX: usize = MIB;

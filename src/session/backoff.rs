@@ -14,7 +14,7 @@ impl Random {
         Random(seed)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -26,8 +26,8 @@ impl Random {
     pub fn up_to(&mut self, bound: Duration) -> Duration {
         let nanos = u64::try_from(bound.as_nanos()).unwrap_or(u64::MAX);
         Duration::from_nanos(match nanos.checked_add(1) {
-            Some(range) => self.next() % range,
-            None => self.next(),
+            Some(range) => self.next_u64() % range,
+            None => self.next_u64(),
         })
     }
 }

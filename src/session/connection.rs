@@ -298,7 +298,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             Err(ack) => ack,
         };
         let acks = std::mem::take(&mut self.acks);
-        self.effects.push_back(Effect::Acknowledge(acks));
+        self.effects.push_back(Effect::Acknowledge(Box::new(acks)));
         let pushed = self.acks.push(full);
         debug_assert!(pushed.is_ok(), "the list was just emptied");
     }

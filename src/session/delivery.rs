@@ -134,11 +134,11 @@ pub struct Delivery<C> {
     actions: heapless::Vec<Action, LANES_MAX>,
 }
 
-impl<C: Copy + Ord + Default> Delivery<C> {
-    pub fn new() -> Delivery<C> {
+impl<C: Copy + Ord + Default> Default for Delivery<C> {
+    fn default() -> Delivery<C> {
         Delivery {
             active: false,
-            window: Window::new(),
+            window: Window::default(),
             lanes: heapless::Vec::new(),
             cursor: C::default(),
             at_end: false,
@@ -154,11 +154,13 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             actions: heapless::Vec::new(),
         }
     }
+}
 
+impl<C: Copy + Ord + Default> Delivery<C> {
     /// A session has become active: everything unacknowledged is sent from the beginning.
     pub fn begin(&mut self) {
         let (reading, withheld) = (self.reading, self.withheld);
-        *self = Delivery::new();
+        *self = Delivery::default();
         self.active = true;
         self.reading = reading;
         self.stale = reading;

@@ -127,7 +127,7 @@ pub enum Effect<C> {
         stream: Stream,
         from: u64,
     },
-    Acknowledge(Acks),
+    Acknowledge(Box<Acks>),
     /// The server will never take this message.
     Reject {
         key: AttemptKey,
@@ -204,7 +204,7 @@ impl<C: Copy + Ord + Default> Session<C> {
     /// `seed` feeds jitter and names; it must differ from start to start.
     pub fn new(settings: Settings, incarnation: String, seed: u64, now: Now) -> Session<C> {
         let mut random = Random::new(seed);
-        let boot_nonce = random.next();
+        let boot_nonce = random.next_u64();
         let link = if settings.websocket {
             Link::Down {
                 dial_at: now + random.up_to(settings.reconnect_min),
@@ -222,9 +222,9 @@ impl<C: Copy + Ord + Default> Session<C> {
             binary_granted: false,
             cancel_granted: false,
             lease: None,
-            delivery: Delivery::new(),
+            delivery: Delivery::default(),
             failures: Failures::default(),
-            reports: Reports::new(),
+            reports: Reports::default(),
             gate: Gate::new(settings.fallback_threshold),
             poll: Repeating::new(settings.poll_interval),
             heartbeat: Repeating::new(settings.heartbeat_interval),
@@ -244,7 +244,9 @@ impl<C: Copy + Ord + Default> Session<C> {
             return Some(effect);
         }
         if !self.acks.is_empty() {
-            return Some(Effect::Acknowledge(std::mem::take(&mut self.acks)));
+            return Some(Effect::Acknowledge(Box::new(std::mem::take(
+                &mut self.acks,
+            ))));
         }
         self.on_time(now);
         if let Some(effect) = self.effects.pop_front() {

@@ -60,8 +60,8 @@ pub struct Reports {
     forced: HashSet<AttemptKey>,
 }
 
-impl Reports {
-    pub fn new() -> Reports {
+impl Default for Reports {
+    fn default() -> Reports {
         Reports {
             busy: None,
             listing: false,
@@ -73,7 +73,9 @@ impl Reports {
             forced: HashSet::new(),
         }
     }
+}
 
+impl Reports {
     /// The final that is on its way by HTTP.
     pub fn busy(&self) -> Option<AttemptKey> {
         self.busy
@@ -187,7 +189,7 @@ mod tests {
             until: Now::from_secs(30),
         };
         let check = |channel, entry: WaitingFinal, due: bool| {
-            let mut reports = Reports::new();
+            let mut reports = Reports::default();
             assert!(reports.want_list(channel, Now::ZERO));
             let chosen = reports.choose(std::slice::from_ref(&entry));
             assert_eq!(chosen.is_some(), due, "{channel:?} {entry:?}");
@@ -202,7 +204,7 @@ mod tests {
     #[test]
     fn a_refused_report_is_not_repeated_and_without_channel_it_is_dropped() {
         let mut random = Random::new(1);
-        let mut reports = Reports::new();
+        let mut reports = Reports::default();
         let entry = waiting("t", "a", false);
         let refused = ReportResult::Refused { why: "404".into() };
         assert!(reports.want_list(Channel::Closed, Now::ZERO));
@@ -224,7 +226,7 @@ mod tests {
     #[test]
     fn a_retry_waits_for_its_backoff() {
         let mut random = Random::new(1);
-        let mut reports = Reports::new();
+        let mut reports = Reports::default();
         let entry = waiting("t", "a", false);
         assert!(reports.want_list(Channel::Closed, Now::ZERO));
         reports.choose(std::slice::from_ref(&entry));

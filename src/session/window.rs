@@ -59,14 +59,16 @@ pub struct Window<C> {
     bytes: usize,
 }
 
-impl<C: Copy> Window<C> {
-    pub fn new() -> Window<C> {
+impl<C> Default for Window<C> {
+    fn default() -> Window<C> {
         Window {
             entries: heapless::Vec::new(),
             bytes: 0,
         }
     }
+}
 
+impl<C: Copy> Window<C> {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
