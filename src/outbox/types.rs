@@ -153,6 +153,30 @@ impl Cursor {
         generation: 0,
         offset: 0,
     };
+
+    /// A record at this byte of its segment. The lowest bit tells it from the head of a unit.
+    pub(super) fn record(generation: u64, byte: u64) -> Cursor {
+        Cursor {
+            generation,
+            offset: byte << 1 | 1,
+        }
+    }
+
+    /// The place of a unit, written or to come.
+    pub(super) fn unit(generation: u64, byte: u64) -> Cursor {
+        Cursor {
+            generation,
+            offset: byte << 1,
+        }
+    }
+
+    pub(super) fn byte(self) -> u64 {
+        self.offset >> 1
+    }
+
+    pub(super) fn is_record(self) -> bool {
+        self.offset & 1 != 0
+    }
 }
 
 /// What to read next.
