@@ -146,8 +146,12 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 // ---- outbox -----------------------------------------------------------------------------------
 
-/// A log segment; smaller where the cap asks for it.
-pub const SEGMENT_BYTES: usize = 256 * KIB;
+/// A log segment; smaller where the cap asks for it. Four full batches of chunks with their heads:
+/// a segment of 256 KiB would hold one and waste the rest.
+pub const SEGMENT_BYTES: usize = 520 * KIB;
+/// A store has no more segments than this: beyond it they become longer, since memory holds a
+/// summary of each.
+pub const SEGMENTS_MAX: u64 = 4096;
 /// The cap is never divided into fewer segments than this.
 pub const SEGMENTS_MIN: u64 = 8;
 /// A commit begins on this border, so that a torn sector never holds bytes confirmed earlier.
@@ -168,6 +172,9 @@ pub const STORAGE_QUEUE: usize = 64;
 /// The index may take this long, and this much memory, to open after an unclean stop.
 pub const INDEX_CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 pub const INDEX_CHECK_MEMORY_BYTES: u64 = 64 * MIB as u64;
+/// A file system that stays full for this long is not waited for any more: the oldest output is
+/// dropped, as it is when the cap is reached.
+pub const DISK_FULL_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts to leave the in-memory store for the disk again.
 pub const STORE_REOPEN_INTERVAL: Duration = Duration::from_secs(30);
 
