@@ -115,6 +115,8 @@ pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 pub const BACKOFF_RESET: Duration = Duration::from_secs(30);
 /// Below this no reconnect delay falls, whatever the jitter.
 pub const RECONNECT_FLOOR: Duration = Duration::from_millis(100);
+/// The longest wait between two attempts to register.
+pub const REGISTRATION_RETRY_MAX: Duration = Duration::from_secs(300);
 /// A `Retry-After` beyond this is cut: the device must not be sent away for days.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
@@ -129,8 +131,9 @@ pub const INBOUND_MESSAGE_BYTES_MAX: usize = MIB;
 pub const RESPONSE_BODY_BYTES_MAX: usize = 4 * MIB;
 /// The head of an HTTP response.
 pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
-/// Frames waiting in the control lane of the write loop.
-pub const CONTROL_LANE_FRAMES: usize = 16;
+/// Small frames waiting in the control lane of the write loop: a receipt for every task that may
+/// be queued, and some more. A server that lets them pile up is disconnected.
+pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;
 /// Encoded frames waiting in the data lane of the write loop.
 pub const DATA_LANE_FRAMES: usize = 4;
 /// The WebSocket library's write buffer is flushed at this size …

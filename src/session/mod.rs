@@ -117,7 +117,7 @@ pub enum Effect<C> {
     SendReceived(Arc<Ids>),
     SendStarted(Arc<Ids>),
     /// Answer a repeated delivery of an attempt that ended, under the final's own id.
-    SendFinalAgain(AttemptKey),
+    SendFinalAgain(Arc<Ids>),
     SendLease(Arc<Ids>, String),
     /// Read the outbox; answer with [`Session::batch_read`].
     Read(ReadOrder<C>),
@@ -156,7 +156,7 @@ pub enum Effect<C> {
     /// List the unacknowledged finals; answer with [`Session::finals_listed`].
     ListFinals,
     /// Report a final by HTTP; answer with [`Session::reported`].
-    Report(AttemptKey),
+    Report(Arc<Ids>),
     /// No way is left for this final.
     DropFinal(AttemptKey),
     /// Poll for tasks; answer with [`Session::offered`] and [`Session::polled`].
@@ -414,9 +414,9 @@ impl<C: Copy + Ord + Default> Session<C> {
 
     /// Answer to [`Effect::ListFinals`], oldest first.
     pub fn finals_listed(&mut self, waiting: &[WaitingFinal]) {
-        if let Some(key) = self.reports.choose(waiting) {
-            self.delivery.withhold(Some(key));
-            self.effects.push_back(Effect::Report(key));
+        if let Some(ids) = self.reports.choose(waiting) {
+            self.delivery.withhold(Some(ids.key()));
+            self.effects.push_back(Effect::Report(ids));
         }
     }
 
@@ -503,7 +503,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             Recorded::Finished { held } => {
                 // A final that the cursor has not reached yet comes in its order.
                 if !held || self.delivery.has_in_flight(key, Piece::Final) {
-                    self.effects.push_back(Effect::SendFinalAgain(key));
+                    self.effects.push_back(Effect::SendFinalAgain(ids));
                 }
             }
         }

@@ -108,7 +108,7 @@ impl Reports {
     }
 
     /// Chooses the next final to report, oldest first.
-    pub fn choose(&mut self, waiting: &[WaitingFinal]) -> Option<AttemptKey> {
+    pub fn choose(&mut self, waiting: &[WaitingFinal]) -> Option<Arc<Ids>> {
         self.listing = false;
         // What is no longer waiting need not be remembered.
         for remembered in [&mut self.refused, &mut self.forced] {
@@ -127,7 +127,7 @@ impl Reports {
             (due || !entry.ids.has_result_channel()) && !self.refused.contains(&entry.key)
         });
         self.busy = chosen.map(|entry| entry.key);
-        self.busy
+        chosen.map(|entry| entry.ids.clone())
     }
 
     /// The report has ended. True if the final has to be dropped: it has no other way.
@@ -210,7 +210,7 @@ mod tests {
         assert!(reports.want_list(Channel::Closed, Now::ZERO));
         assert_eq!(
             reports.choose(std::slice::from_ref(&entry)),
-            Some(entry.key)
+            Some(entry.ids.clone())
         );
         assert!(
             !reports.want_list(Channel::Closed, Now::ZERO),
