@@ -43,7 +43,9 @@ pub async fn handle(
     if path == TASKS_PATH && method == Method::GET {
         return Ok(body::json(&offers(hub, &agent_id)));
     }
-    if let Some(task_id) = path.strip_prefix(TASKS_PATH).and_then(|p| p.strip_prefix('/'))
+    if let Some(task_id) = path
+        .strip_prefix(TASKS_PATH)
+        .and_then(|p| p.strip_prefix('/'))
         && method == Method::PUT
     {
         let task_id = unescape_segment(task_id).ok_or((400, "the task id is no text".into()))?;
@@ -56,7 +58,10 @@ pub async fn handle(
         && method == Method::POST
     {
         if unescape_segment(named).as_deref() != Some(agent_id.as_str()) {
-            return Err((403, "the heartbeat is of another agent than the signature".into()));
+            return Err((
+                403,
+                "the heartbeat is of another agent than the signature".into(),
+            ));
         }
         return Ok(heartbeat(hub, &agent_id));
     }
@@ -79,7 +84,10 @@ async fn register(hub: &Hub, request: Request<Incoming>) -> Result<Answer, Refus
     if !auth::same_secret(&request.token_id, token_id)
         || !auth::same_secret(&request.token_key, token_key)
     {
-        log::warn!("registration of {:.60} refused: wrong token", request.fingerprint);
+        log::warn!(
+            "registration of {:.60} refused: wrong token",
+            request.fingerprint
+        );
         return Err((401, "the registration token is wrong".into()));
     }
     if request.fingerprint.is_empty() || request.fingerprint.len() > NAME_BYTES_MAX {
@@ -103,8 +111,13 @@ async fn register(hub: &Hub, request: Request<Incoming>) -> Result<Answer, Refus
     })?;
     let stored = hub.store.put_agent(record.clone()).await;
     stored.map_err(|error| (503, error))?;
-    hub.put_agent(record.clone()).map_err(|error| (400, error))?;
-    log::info!("agent {} registered, fingerprint {}", record.id, record.fingerprint);
+    hub.put_agent(record.clone())
+        .map_err(|error| (400, error))?;
+    log::info!(
+        "agent {} registered, fingerprint {}",
+        record.id,
+        record.fingerprint
+    );
     Ok(body::json(&RegisterResponse {
         id: record.id,
         fingerprint: Some(record.fingerprint),
@@ -175,7 +188,12 @@ async fn report(
     if !matches!(report.status.as_str(), "completed" | "failed") {
         return Err((400, "status is neither completed nor failed".into()));
     }
-    let no_task = || (404, format!("there is no task {task_id:.60?} of this agent"));
+    let no_task = || {
+        (
+            404,
+            format!("there is no task {task_id:.60?} of this agent"),
+        )
+    };
     let known = hub.load(task_id).await.map_err(|error| (503, error))?;
     if !known {
         return Err(no_task());

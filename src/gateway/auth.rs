@@ -213,7 +213,11 @@ mod tests {
         let good = [("authorization", "Bearer secret")];
         assert!(check("192.168.0.4", &good, Some("secret")));
         assert!(!check("192.168.0.4", &good, Some("secret2")));
-        assert!(!check("192.168.0.4", &[("authorization", "secret")], Some("secret")));
+        assert!(!check(
+            "192.168.0.4",
+            &[("authorization", "secret")],
+            Some("secret")
+        ));
         assert!(!check("127.0.0.1", &[], Some("secret")));
     }
 
@@ -257,7 +261,10 @@ mod tests {
         let nonce = ("x-nonce", "AAAAAAAAAAAAAAAAAAAAAA==");
         check(&[id, time, nonce, ("x-signature", "AA==")], "X-Timestamp");
         let time = ("x-timestamp", "5");
-        check(&[id, time, ("x-nonce", "AA=="), ("x-signature", "AA==")], "X-Nonce");
+        check(
+            &[id, time, ("x-nonce", "AA=="), ("x-signature", "AA==")],
+            "X-Nonce",
+        );
         check(&[id, time, nonce, ("x-signature", "%")], "X-Signature");
     }
 

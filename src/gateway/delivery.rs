@@ -149,14 +149,15 @@ impl Attempt {
             }
             Kind::Final => {
                 self.progress = Progress::Ended;
-                self.result = Some(serde_json::from_slice(payload).unwrap_or_else(|error| {
-                    TaskResult {
-                        status: "failed".into(),
-                        exit_code: -1,
-                        error: Some(format!("the stored result cannot be read: {error}")),
-                        ..TaskResult::default()
-                    }
-                }));
+                self.result =
+                    Some(
+                        serde_json::from_slice(payload).unwrap_or_else(|error| TaskResult {
+                            status: "failed".into(),
+                            exit_code: -1,
+                            error: Some(format!("the stored result cannot be read: {error}")),
+                            ..TaskResult::default()
+                        }),
+                    );
             }
         }
     }
@@ -322,7 +323,13 @@ mod tests {
         assert_eq!(attempt.streams[0].highest, 5);
         assert_eq!(attempt.streams[0].jumps, 1);
         // The flag without a jump is no jump.
-        store(&mut attempt, Chunk { sequence: 6, ..jump });
+        store(
+            &mut attempt,
+            Chunk {
+                sequence: 6,
+                ..jump
+            },
+        );
         assert_eq!(attempt.streams[0].jumps, 1);
     }
 

@@ -191,7 +191,12 @@ pub fn end_cancelled(hub: &Hub, batch: &mut Batch, task_id: &str, reason: &str) 
         ..TaskResult::default()
     };
     let payload = serde_json::to_vec(&result).expect("a result is JSON");
-    hub.stage(batch, task_id, Header::plain(Kind::Final, &payload), &payload);
+    hub.stage(
+        batch,
+        task_id,
+        Header::plain(Kind::Final, &payload),
+        &payload,
+    );
 }
 
 /// Message ids of finals that are held here already.
@@ -223,9 +228,7 @@ fn replays(hub: &Hub, hello: &Hello, discarded: &[DiscardedAttempt]) -> Vec<Outp
             .any(|d| d.task_id == task_id && d.execution_attempt_id == attempt_id)
     };
     let highest = |task_id: &str, stream: Stream| {
-        hub.with_task(task_id, |live| {
-            live.attempt.streams[stream.index()].highest
-        })
+        hub.with_task(task_id, |live| live.attempt.streams[stream.index()].highest)
     };
     hello
         .unacked_output

@@ -171,7 +171,10 @@ impl Hub {
             .get(fingerprint)
             .and_then(|id| state.agents.get(id));
         if known.is_none() && state.agents.len() >= GATEWAY_AGENTS_MAX {
-            return Err((503, format!("{GATEWAY_AGENTS_MAX} agents are registered already")));
+            return Err((
+                503,
+                format!("{GATEWAY_AGENTS_MAX} agents are registered already"),
+            ));
         }
         new_record(known.map(|agent| &agent.record)).map_err(|error| (400, error))
     }
@@ -296,7 +299,10 @@ impl Hub {
             return Err((429, why));
         }
         if state.open_command_bytes + command_bytes > GATEWAY_OPEN_COMMAND_BYTES_MAX {
-            return Err((429, "the tasks that have not ended hold too many bytes".into()));
+            return Err((
+                429,
+                "the tasks that have not ended hold too many bytes".into(),
+            ));
         }
         Ok(())
     }

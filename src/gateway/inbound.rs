@@ -115,7 +115,9 @@ fn take_output(
             hub.stage(batch, &ids.task, header, &bytes);
             let jumped = header.flags & super::journal::FLAG_JUMP != 0;
             if jumped {
-                log::warn!("attempt {ids}: output before chunk {sequence} of {name} was lost there");
+                log::warn!(
+                    "attempt {ids}: output before chunk {sequence} of {name} was lost there"
+                );
             }
             hub.count(agent_id, |counters| {
                 counters.chunks += 1;
@@ -194,9 +196,18 @@ fn take_final(
         None => {}
         Some(FinalVerdict::Store) => {
             let payload = serde_json::to_vec(&result).expect("a result is JSON");
-            hub.stage(batch, &ids.task, Header::plain(Kind::Final, &payload), &payload);
+            hub.stage(
+                batch,
+                &ids.task,
+                Header::plain(Kind::Final, &payload),
+                &payload,
+            );
             hub.count(agent_id, |counters| counters.finals += 1);
-            log::info!("attempt {ids}: {}, exit code {}", result.status, result.exit_code);
+            log::info!(
+                "attempt {ids}: {}, exit code {}",
+                result.status,
+                result.exit_code
+            );
         }
         Some(FinalVerdict::Repeat) => hub.count(agent_id, |counters| counters.duplicates += 1),
         Some(FinalVerdict::Changed) => {

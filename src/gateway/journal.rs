@@ -229,7 +229,10 @@ mod tests {
         let both = vec![Kind::Task, Kind::Output(Stream::Stderr)];
         assert_eq!(kinds(&bytes), (both, bytes.len() as u64));
         let (header, payload, rest) = split_first(&bytes[34..]).expect("good").expect("whole");
-        assert_eq!((header.sequence, header.byte_count, header.flags), (7, 9, 1));
+        assert_eq!(
+            (header.sequence, header.byte_count, header.flags),
+            (7, 9, 1)
+        );
         assert_eq!((payload, rest.len()), (&b"output"[..], 0));
     }
 

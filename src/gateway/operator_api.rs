@@ -193,7 +193,9 @@ async fn cancel(
     });
     let (agent_id, progress, unseen) = state.ok_or_else(|| no_task(task_id))?;
     if progress == Progress::Ended {
-        return Ok(body::json(&json!({"message": "the task has ended already"})));
+        return Ok(body::json(
+            &json!({"message": "the task has ended already"}),
+        ));
     }
     let mut batch = Batch::default();
     let header = Header::plain(Kind::Cancel, reason.as_bytes());
@@ -204,5 +206,7 @@ async fn cancel(
     let committed = hub.commit_and_wait(batch).await;
     committed.map_err(|error| (503, error))?;
     hub.wake(&agent_id);
-    Ok(body::json(&json!({"message": "the end of the task is asked for"})))
+    Ok(body::json(
+        &json!({"message": "the end of the task is asked for"}),
+    ))
 }

@@ -119,7 +119,10 @@ async fn serve_connection(
                 Timer::after(CONNECT_TIMEOUT).await;
                 None
             };
-            let stream = accept.or(timeout).await.ok_or("TLS handshake timed out")??;
+            let stream = accept
+                .or(timeout)
+                .await
+                .ok_or("TLS handshake timed out")??;
             Peer::Tls(Box::new(stream))
         }
     };

@@ -384,7 +384,11 @@ impl Disk {
         let key = record.key();
         let path = journal_path(&self.output, key);
         let failed = |error: &dyn std::fmt::Display| {
-            format!("cannot store task {} in {}: {error}", record.task_id, path.display())
+            format!(
+                "cannot store task {} in {}: {error}",
+                record.task_id,
+                path.display()
+            )
         };
         let payload = serde_json::to_vec(record).expect("a task record is JSON");
         let mut bytes = Vec::with_capacity(payload.len() + journal::HEADER_BYTES);
@@ -421,7 +425,8 @@ impl Disk {
 
     fn append(&mut self, append: &Append, dirty: &mut Dirty) -> Answer<()> {
         let key = append.key;
-        let failed = |error: &dyn std::fmt::Display| format!("cannot append to journal {key}: {error}");
+        let failed =
+            |error: &dyn std::fmt::Display| format!("cannot append to journal {key}: {error}");
         if !self.journals.contains_key(&key) {
             self.make_room(dirty);
             let file = OpenOptions::new()
@@ -513,16 +518,17 @@ impl Disk {
             .open(&path)
             .map_err(|error| failed(&error))?;
         let mut attempt = None;
-        let good = journal::scan(BufReader::with_capacity(1 << 18, &file), |header, payload| {
-            match &mut attempt {
+        let good = journal::scan(
+            BufReader::with_capacity(1 << 18, &file),
+            |header, payload| match &mut attempt {
                 None => {
                     attempt = serde_json::from_slice::<TaskRecord>(payload)
                         .ok()
                         .and_then(Attempt::new);
                 }
                 Some(attempt) => attempt.apply(header, payload),
-            }
-        })
+            },
+        )
         .map_err(|error| failed(&error))?;
         let attempt = attempt.ok_or_else(|| failed(&"its first record is no task"))?;
         let length = file.metadata().map_err(|error| failed(&error))?.len();

@@ -158,7 +158,10 @@ impl Session {
     async fn handshake(&mut self) -> Result<(), End> {
         let timeout = async {
             Timer::after(HANDSHAKE_TIMEOUT).await;
-            Err(End::Close(CloseCode::Policy, "no agent.hello came in time".into()))
+            Err(End::Close(
+                CloseCode::Policy,
+                "no agent.hello came in time".into(),
+            ))
         };
         let text = async {
             loop {
