@@ -181,6 +181,60 @@ pub const DISK_FULL_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts to leave the in-memory store for the disk again.
 pub const STORE_REOPEN_INTERVAL: Duration = Duration::from_secs(30);
 
+// ---- reference gateway ------------------------------------------------------------------------
+
+/// A frame and a message that an agent sends: a final with two full texts, escaped, fits.
+pub const GATEWAY_MESSAGE_BYTES_MAX: usize = 16 * MIB;
+/// Body of a report or a submission; both may carry escaped text.
+pub const GATEWAY_BODY_BYTES_MAX: usize = 16 * MIB;
+/// Bodies that are read at once; a further one waits for its turn.
+pub const GATEWAY_BODIES_AT_ONCE: usize = 16;
+/// Head of a request.
+pub const GATEWAY_HEAD_BYTES_MAX: usize = 16 * KIB;
+/// A request from its first byte to the end of its body.
+pub const GATEWAY_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Connections of agents and operators together. A further one is closed.
+pub const GATEWAY_CONNECTIONS_MAX: usize = 1024;
+pub const GATEWAY_AGENTS_MAX: usize = 16 * KIB;
+/// Tasks of one agent that have not ended. A further submission is refused.
+pub const GATEWAY_OPEN_TASKS_MAX: usize = 1024;
+/// Commands of all tasks that have not ended; they stay in memory.
+pub const GATEWAY_OPEN_COMMAND_BYTES_MAX: usize = 64 * MIB;
+/// Attempts that have ended and stay in memory, because their agents may still repeat messages.
+pub const GATEWAY_ENDED_ATTEMPTS_MAX: usize = 64;
+/// Journals that the storage thread keeps open.
+pub const GATEWAY_OPEN_JOURNALS_MAX: usize = 128;
+/// Records of one session that wait for their commit; beyond it the socket is not read.
+pub const GATEWAY_BATCH_BYTES: usize = MIB;
+/// The same, in messages.
+pub const GATEWAY_BATCH_MESSAGES: usize = 256;
+/// Commands that wait for the storage thread, and that one commit takes together.
+pub const GATEWAY_STORAGE_QUEUE: usize = 64;
+/// Chunks of a stream whose checksum is remembered to tell a changed repeat. Two windows.
+pub const GATEWAY_RECENT_CHUNKS: usize = 2 * WINDOW_MESSAGES;
+/// Deliveries that wait for their `task.received`; the next ones follow the answers.
+pub const GATEWAY_DELIVERIES_WAITING: usize = 32;
+/// Tasks, and bytes of their commands, in one answer to a poll or heartbeat. Escaped they still
+/// fit what an agent reads.
+pub const GATEWAY_POLL_TASKS: usize = 64;
+pub const GATEWAY_POLL_BYTES: usize = MIB / 2;
+/// Nonces of one agent that are remembered; further requests wait for the first to expire.
+pub const GATEWAY_NONCES_MAX: usize = 4096;
+/// Distance of a request's timestamp from the gateway's clock (PROTOCOL.md 1).
+pub const GATEWAY_CLOCK_WINDOW: Duration = Duration::from_secs(300);
+/// The gateway pings this often …
+pub const GATEWAY_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// … and ends a session from which nothing came for this long.
+pub const GATEWAY_IDLE_TIMEOUT: Duration = Duration::from_secs(95);
+/// Bytes of a journal that an operator stream reads at once.
+pub const GATEWAY_STREAM_READ_BYTES: usize = 64 * KIB;
+/// A line is sent this often on a quiet operator stream, so that both ends notice a dead one.
+pub const GATEWAY_STREAM_KEEPALIVE: Duration = Duration::from_secs(15);
+/// A line of an operator stream: a final with its two texts, escaped.
+pub const GATEWAY_STREAM_LINE_BYTES_MAX: usize = 16 * MIB;
+/// Sessions get this long to be closed when the gateway stops.
+pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
+
 // ---- the sum ----------------------------------------------------------------------------------
 //
 // Worst case of what the agent itself holds, in bytes, with the default settings:
@@ -209,4 +263,7 @@ const _: () = {
     assert!(INBOUND_MESSAGE_BYTES_MAX <= RESPONSE_BODY_BYTES_MAX);
     assert!(HELLO_BYTES_MAX < WRITE_BUFFER_BYTES_MAX);
     assert!(ID_BYTES_MAX <= u8::MAX as usize);
+    assert!(WRITE_BUFFER_BYTES_MAX <= GATEWAY_MESSAGE_BYTES_MAX);
+    assert!(GATEWAY_RECENT_CHUNKS >= WINDOW_MESSAGES);
+    assert!(6 * GATEWAY_POLL_BYTES <= RESPONSE_BODY_BYTES_MAX);
 };
