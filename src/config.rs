@@ -172,14 +172,13 @@ pub fn load(
 fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
     let seconds = Duration::from_secs;
     let millis = Duration::from_millis;
-    let minutes = |count| Duration::from_secs(60 * count);
+    let minutes = |count: u64| Duration::from_secs(60 * count);
 
     let control_plane_url = reader.url("SH_CONTROL_PLANE_URL", &["http", "https"]);
     let ws_url = reader.url("HOSTLINK_WS_URL", &["ws", "wss"]);
     let state_path = reader.path_or("HOSTLINK_STATE_PATH", "/var/lib/hostlink".into());
-    let local_store_path = beside_a_file(
-        reader.path_or("HOSTLINK_LOCAL_STORE_PATH", state_path.join("outbox")),
-    );
+    let local_store_path =
+        beside_a_file(reader.path_or("HOSTLINK_LOCAL_STORE_PATH", state_path.join("outbox")));
     let spool_cap_bytes = reader.bytes(
         "HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES",
         SPOOL_CAP_BYTES_DEFAULT,
@@ -195,10 +194,16 @@ fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
         FINAL_OUTPUT_BYTES_DEFAULT as u64,
         0..=FINAL_OUTPUT_BYTES_MAX as u64,
     );
-    let final_output_bytes =
-        reader.fit_finals(final_output_bytes, terminal_reserve_bytes, FINAL_OVERHEAD_BYTES);
-    let ws_reconnect_min =
-        reader.duration("HOSTLINK_WS_RECONNECT_MIN", seconds(1), millis(100)..=minutes(5));
+    let final_output_bytes = reader.fit_finals(
+        final_output_bytes,
+        terminal_reserve_bytes,
+        FINAL_OVERHEAD_BYTES,
+    );
+    let ws_reconnect_min = reader.duration(
+        "HOSTLINK_WS_RECONNECT_MIN",
+        seconds(1),
+        millis(100)..=minutes(5),
+    );
     let ws_reconnect_max = reader.duration(
         "HOSTLINK_WS_RECONNECT_MAX",
         seconds(60),
@@ -213,10 +218,11 @@ fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
         ws_enabled: reader.boolean("HOSTLINK_WS_ENABLED", true),
         ws_results_enabled: reader.boolean("HOSTLINK_WS_RESULTS_ENABLED", true),
         ws_delivery_enabled: reader.boolean("HOSTLINK_WS_DELIVERY_ENABLED", true),
-        private_key_path: reader
-            .path_or("HOSTLINK_PRIVATE_KEY_PATH", state_path.join("agent.key")),
-        fingerprint_path: reader
-            .path_or("HOSTLINK_FINGERPRINT_PATH", state_path.join("fingerprint.json")),
+        private_key_path: reader.path_or("HOSTLINK_PRIVATE_KEY_PATH", state_path.join("agent.key")),
+        fingerprint_path: reader.path_or(
+            "HOSTLINK_FINGERPRINT_PATH",
+            state_path.join("fingerprint.json"),
+        ),
         state_path,
         local_store_path,
         local_store_memory: reader.choice("HOSTLINK_LOCAL_STORE", &["disk", "memory"]) == "memory",

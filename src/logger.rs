@@ -32,8 +32,7 @@ fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
     };
-    fstat(std::io::stderr())
-        .is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
+    fstat(std::io::stderr()).is_ok_and(|stat| stream == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 impl Log for Stderr {
@@ -82,7 +81,11 @@ fn one_line(text: &str) -> String {
             line.push('\u{2026}');
             break;
         }
-        line.push(if character.is_control() { ' ' } else { character });
+        line.push(if character.is_control() {
+            ' '
+        } else {
+            character
+        });
     }
     line.push('\n');
     line
@@ -106,10 +109,19 @@ mod tests {
                 journal: false,
             };
             let metadata = Metadata::builder().level(record).target(target).build();
-            assert_eq!(logger.enabled(&metadata), heard, "{level} {target} {record}");
+            assert_eq!(
+                logger.enabled(&metadata),
+                heard,
+                "{level} {target} {record}"
+            );
         };
         check(LevelFilter::Info, "hostlink_edge::agent", Level::Info, true);
-        check(LevelFilter::Info, "hostlink_edge::agent", Level::Debug, false);
+        check(
+            LevelFilter::Info,
+            "hostlink_edge::agent",
+            Level::Debug,
+            false,
+        );
         check(LevelFilter::Debug, "sled::pagecache", Level::Info, false);
         check(LevelFilter::Info, "sled::pagecache", Level::Warn, true);
         check(LevelFilter::Error, "sled::pagecache", Level::Warn, false);

@@ -137,7 +137,12 @@ impl Driver {
             Some(Stopping::Waiting { until }) => Some(until),
             Some(Stopping::Told) | None => None,
         };
-        let deadline = self.session.next_deadline(now).into_iter().chain(stop_at).min();
+        let deadline = self
+            .session
+            .next_deadline(now)
+            .into_iter()
+            .chain(stop_at)
+            .min();
         let input = async {
             match inputs.recv().await {
                 Ok(input) => Woken::Input(input),
@@ -337,7 +342,11 @@ impl Driver {
             session: session.to_owned(),
             session_since_seconds: since.as_secs(),
             last_error: self.session.last_error().map(str::to_owned),
-            running: tasks.running().iter().map(|task| task.ids.to_string()).collect(),
+            running: tasks
+                .running()
+                .iter()
+                .map(|task| task.ids.to_string())
+                .collect(),
             queued: tasks.queued(),
             polling: self.session.is_polling(now),
             ..Status::default()

@@ -89,7 +89,10 @@ impl Driver {
                     Piece::Final => outbox::Piece::Final,
                     Piece::Received | Piece::Started => return,
                 };
-                told("remove a refused message", context.outbox.reject(key, piece).await);
+                told(
+                    "remove a refused message",
+                    context.outbox.reject(key, piece).await,
+                );
             }),
             Effect::GiveUpStream { key, stream } => context.clone().spawn(async move {
                 let given_up = context.outbox.give_up_stream(key, stream).await;
@@ -231,7 +234,9 @@ async fn offer(
 async fn record(context: Rc<Context>, offer: TaskOffer) {
     let ids = Arc::new(offer.ids);
     let unusable = if offer.command.len() > COMMAND_BYTES_MAX {
-        Some(format!("the command is longer than {COMMAND_BYTES_MAX} bytes"))
+        Some(format!(
+            "the command is longer than {COMMAND_BYTES_MAX} bytes"
+        ))
     } else if offer.command.contains('\0') {
         Some("the command contains a NUL character".to_owned())
     } else {

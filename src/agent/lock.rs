@@ -34,7 +34,11 @@ impl fmt::Display for LockError {
                 f.write_str("; stop it first, or set another HOSTLINK_STATE_PATH")
             }
             LockError::Unavailable { path, error } => {
-                write!(f, "cannot lock the state directory {}: {error}", path.display())
+                write!(
+                    f,
+                    "cannot lock the state directory {}: {error}",
+                    path.display()
+                )
             }
         }
     }

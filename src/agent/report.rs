@@ -18,7 +18,12 @@ use crate::wire::http::{Report, ReportText};
 /// final is never reported twice by one life of the agent.
 pub async fn report_stored(context: &Rc<Context>, ids: &Ids) -> ReportResult {
     let key = ids.key();
-    let Some(stored) = context.outbox.final_of(key).await.filter(|it| it.texts_held) else {
+    let Some(stored) = context
+        .outbox
+        .final_of(key)
+        .await
+        .filter(|it| it.texts_held)
+    else {
         return ReportResult::Gone;
     };
     let result = send(context, ids, &stored.fin).await;
@@ -70,7 +75,9 @@ pub async fn send(context: &Rc<Context>, ids: &Ids, fin: &Final) -> ReportResult
             ReportOutcome::TooLarge => {
                 output_bytes /= 2;
                 error_bytes /= 2;
-                info!("task {ids}: its report is too large for the server, sending half the output");
+                info!(
+                    "task {ids}: its report is too large for the server, sending half the output"
+                );
             }
         }
     }
@@ -109,7 +116,10 @@ mod tests {
     fn what_is_left_out_is_announced_and_no_character_is_split() {
         let check = |text: ReportText<'_>, expected: &str| assert_eq!(text.to_string(), expected);
         check(text(b"all", 3, false, None), "all");
-        check(text(b"tail", 4, true, None), "[the beginning was left out]\ntail");
+        check(
+            text(b"tail", 4, true, None),
+            "[the beginning was left out]\ntail",
+        );
         check(
             text("x\u{20ac}y".as_bytes(), 3, false, None),
             "[the beginning was left out]\ny",

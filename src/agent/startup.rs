@@ -203,7 +203,10 @@ impl Parts {
                       has no agent id yet"
                     .to_owned(),
             };
-            warn!("not registered, trying again in {} s: {why}", delay.as_secs_f32());
+            warn!(
+                "not registered, trying again in {} s: {why}",
+                delay.as_secs_f32()
+            );
             Timer::after(delay).await;
             delay = (delay * 2).min(REGISTRATION_RETRY_MAX);
         }

@@ -71,7 +71,11 @@ impl fmt::Display for Status {
             writeln!(f, "agent     not running")?;
         } else {
             let id = self.agent_id.as_deref().unwrap_or("not registered");
-            writeln!(f, "agent     {id}, version {}, process {}", self.version, self.pid)?;
+            writeln!(
+                f,
+                "agent     {id}, version {}, process {}",
+                self.version, self.pid
+            )?;
             let since = show_seconds(self.session_since_seconds);
             writeln!(f, "session   {} for {since}", self.session)?;
             writeln!(f, "polling   {}", if self.polling { "yes" } else { "no" })?;
@@ -115,7 +119,11 @@ impl fmt::Display for Status {
             )?;
         }
         if store.records_damaged > 0 {
-            writeln!(f, "damaged   {} records were unreadable", store.records_damaged)?;
+            writeln!(
+                f,
+                "damaged   {} records were unreadable",
+                store.records_damaged
+            )?;
         }
         Ok(())
     }
@@ -159,8 +167,8 @@ pub async fn serve(state_path: PathBuf, provider: impl AsyncFn() -> Status) {
             continue;
         };
         let owner = rustix::process::geteuid();
-        let allowed = socket_peercred(&connection)
-            .is_ok_and(|peer| peer.uid == owner || peer.uid.is_root());
+        let allowed =
+            socket_peercred(&connection).is_ok_and(|peer| peer.uid == owner || peer.uid.is_root());
         if allowed {
             answer(connection, provider().await).await;
         }

@@ -184,10 +184,7 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
                 if !reported {
                     warn!("task {ids}: its final cannot be stored, reporting it at once: {error}");
                     let result = report::send(context, ids, &fin).await;
-                    reported = matches!(
-                        result,
-                        ReportResult::Done | ReportResult::Refused { .. }
-                    );
+                    reported = matches!(result, ReportResult::Done | ReportResult::Refused { .. });
                 }
             }
         }
@@ -284,6 +281,9 @@ mod tests {
         assert_eq!(bound_timeout(None, None), None);
         assert_eq!(bound_timeout(None, settings), settings);
         assert_eq!(bound_timeout(Some(60), settings), settings);
-        assert_eq!(bound_timeout(Some(3), settings), Some(Duration::from_secs(3)));
+        assert_eq!(
+            bound_timeout(Some(3), settings),
+            Some(Duration::from_secs(3))
+        );
     }
 }

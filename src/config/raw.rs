@@ -203,7 +203,14 @@ impl Reader {
 
     pub fn bytes(&mut self, key: &'static str, default: u64, range: RangeInclusive<u64>) -> u64 {
         let parse = |text: &str| text.parse().ok();
-        self.read_in_range(key, default, &range, "a number of bytes", parse, u64::to_string)
+        self.read_in_range(
+            key,
+            default,
+            &range,
+            "a number of bytes",
+            parse,
+            u64::to_string,
+        )
     }
 
     pub fn count(
@@ -217,11 +224,7 @@ impl Reader {
     }
 
     /// One of a few words; the first is the default.
-    pub fn choice(
-        &mut self,
-        key: &'static str,
-        choices: &'static [&'static str],
-    ) -> &'static str {
+    pub fn choice(&mut self, key: &'static str, choices: &'static [&'static str]) -> &'static str {
         let parse = |text: &str| {
             let known = |choice: &&&str| text.eq_ignore_ascii_case(choice);
             choices.iter().find(known).copied()
@@ -233,7 +236,13 @@ impl Reader {
     pub fn level(&mut self, key: &'static str, default: LevelFilter) -> LevelFilter {
         let parse = |text: &str| text.parse().ok().filter(|level| *level != LevelFilter::Off);
         let show = |level: &LevelFilter| level.as_str().to_ascii_lowercase();
-        self.read(key, default, "error, warn, info, debug or trace", parse, show)
+        self.read(
+            key,
+            default,
+            "error, warn, info, debug or trace",
+            parse,
+            show,
+        )
     }
 
     pub fn text(&mut self, key: &'static str) -> Option<String> {

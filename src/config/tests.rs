@@ -16,7 +16,10 @@ fn defaults_are_those_of_the_documentation() {
     assert_eq!(loaded.warnings, []);
     let config = loaded.config.expect("usable");
     assert_eq!(config.control_plane_url, "https://cp.example");
-    assert_eq!(config.local_store_path, Path::new("/var/lib/hostlink/outbox"));
+    assert_eq!(
+        config.local_store_path,
+        Path::new("/var/lib/hostlink/outbox")
+    );
     assert_eq!(config.spool_cap_bytes, 64 << 20);
     assert_eq!(config.terminal_reserve_bytes, 1 << 20);
     assert_eq!(config.heartbeat_interval, Duration::from_secs(5));
@@ -28,7 +31,14 @@ fn defaults_are_those_of_the_documentation() {
 
 #[test]
 fn only_the_url_is_fatal() {
-    for url in ["", "cp.example", "ftp://cp", "https://", "http://u:p@cp", "http://a b"] {
+    for url in [
+        "",
+        "cp.example",
+        "ftp://cp",
+        "https://",
+        "http://u:p@cp",
+        "http://a b",
+    ] {
         let loaded = loaded(&[("SH_CONTROL_PLANE_URL", url)]);
         assert!(loaded.config.is_err(), "{url:?}");
     }
@@ -39,7 +49,12 @@ fn bad_values_are_clamped_or_defaulted_with_a_warning_that_names_them() {
     let check = |key: &str, value: &str, effective: &str, range: &str| {
         let loaded = loaded(&[URL, (key, value)]);
         assert!(loaded.config.is_ok());
-        assert_eq!(loaded.warnings.len(), 1, "{key}={value}: {:?}", loaded.warnings);
+        assert_eq!(
+            loaded.warnings.len(),
+            1,
+            "{key}={value}: {:?}",
+            loaded.warnings
+        );
         let warning = &loaded.warnings[0].0;
         for part in [key, value, range, effective] {
             assert!(warning.contains(part), "{part:?} is not in {warning:?}");
@@ -49,13 +64,23 @@ fn bad_values_are_clamped_or_defaulted_with_a_warning_that_names_them() {
     };
     check("HOSTLINK_WS_PING_INTERVAL", "1s", "5s", "5s to 5m");
     check("HOSTLINK_WS_PING_INTERVAL", "1h", "5m", "5s to 5m");
-    check("HOSTLINK_WS_PING_INTERVAL", "30", "30s", "100ms, 30s, 5m or 1h");
+    check(
+        "HOSTLINK_WS_PING_INTERVAL",
+        "30",
+        "30s",
+        "100ms, 30s, 5m or 1h",
+    );
     check("HOSTLINK_TASK_CONCURRENCY", "9", "4", "1 to 4");
     check("HOSTLINK_TASK_CONCURRENCY", "-1", "1", "number");
     check("HOSTLINK_WS_ENABLED", "maybe", "true", "true/1/yes");
     check("HOSTLINK_LOCAL_STORE", "tape", "disk", "disk or memory");
     check("HOSTLINK_LOG", "loud", "info", "trace");
-    check("HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES", "1", "1048576", "68719476736");
+    check(
+        "HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES",
+        "1",
+        "1048576",
+        "68719476736",
+    );
     check("HOSTLINK_WS_URL", "http://x", "", "ws://");
 }
 
@@ -95,7 +120,11 @@ fn secrets_are_never_shown() {
         ("HOSTLINK_TOKEN_KEY", "s3cret"),
         ("HTTPS_PROXY", "http://user:s3cret@proxy:3128"),
     ]);
-    let shown = format!("{:?} {:?}", loaded.settings, loaded.config.expect("usable").token_key);
+    let shown = format!(
+        "{:?} {:?}",
+        loaded.settings,
+        loaded.config.expect("usable").token_key
+    );
     assert!(!shown.contains("s3cret"), "{shown}");
     assert!(shown.contains("@proxy:3128"));
 }
@@ -132,7 +161,10 @@ fn the_environment_wins_over_the_file() {
 fn durations_survive_showing_and_reading() {
     for text in ["100ms", "30s", "5m", "1h", "0", "90s", "1500ms"] {
         let duration = values::duration(text).expect(text);
-        assert_eq!(values::duration(&values::show_duration(duration)), Some(duration));
+        assert_eq!(
+            values::duration(&values::show_duration(duration)),
+            Some(duration)
+        );
     }
     for text in ["", "s", "5", "5 d", "-1s", "1.5s", "99999999999999999999s"] {
         assert_eq!(values::duration(text), None, "{text}");

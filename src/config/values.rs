@@ -51,7 +51,9 @@ pub fn is_url(text: &str, schemes: &[&str]) -> bool {
         return false;
     };
     let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    schemes.iter().any(|known| scheme.eq_ignore_ascii_case(known))
+    schemes
+        .iter()
+        .any(|known| scheme.eq_ignore_ascii_case(known))
         && !host.is_empty()
         && !host.starts_with(':')
         && !host.contains('@')
