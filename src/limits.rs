@@ -146,6 +146,30 @@ pub const WRITE_BUFFER_BYTES_MAX: usize =
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// One HTTP request from its first byte to the last byte of its answer.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// An HTTP connection that was not used for this long is closed.
+pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Addresses of one name that are tried, and the head start of each before the next one is tried
+/// beside it (RFC 8305 section 8).
+pub const CONNECT_ADDRESSES_MAX: usize = 8;
+pub const CONNECT_STAGGER: Duration = Duration::from_millis(250);
+/// Data that the peer's kernel does not acknowledge, or does not make room for: longer than
+/// [`WRITE_TIMEOUT`], whose error says more.
+pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(60);
+/// TCP keep-alive of a connection on which nothing is sent.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+pub const KEEPALIVE_PROBES: u32 = 3;
+/// Header lines of an HTTP response.
+pub const RESPONSE_HEADERS_MAX: usize = 100;
+/// What is read from a WebSocket at once; messages larger than this are read in several steps.
+pub const READ_BUFFER_BYTES: usize = 8 * KIB;
+/// What is read from a WebSocket in one turn of the event loop, so that a server that sends
+/// without pause does not keep all else waiting …
+pub const READ_TURN_BYTES: usize = 256 * KIB;
+/// … and the messages of one turn, for the same reason.
+pub const READ_TURN_MESSAGES: u32 = 64;
+/// A file of the agent's identity, and the size at which a damaged one is not even read.
+pub const STATE_FILE_BYTES_MAX: usize = 64 * KIB;
 
 // ---- outbox -----------------------------------------------------------------------------------
 
