@@ -41,11 +41,10 @@ struct Context {
     agent_id: String,
     executor: Rc<LocalExecutor<'static>>,
     outbox: outbox::Handle,
-    dialer: net::Dialer,
+    dialer: Rc<net::Dialer>,
     websocket: net::Url,
     api: net::Api,
-    signer: net::Signer,
-    server_clock: net::ServerClock,
+    signer: Rc<net::Signer>,
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,

@@ -60,12 +60,7 @@ async fn run(
     control: Receiver<Control>,
     batches: Receiver<OutBatch>,
 ) {
-    let dialled = net::connect_websocket(
-        &context.dialer,
-        &context.websocket,
-        &context.signer,
-        &context.server_clock,
-    );
+    let dialled = net::connect_websocket(&context.dialer, &context.websocket, &context.signer);
     let (writer, reader) = match dialled.await {
         Ok(connected) => connected,
         Err(error) => {
@@ -91,7 +86,7 @@ async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) ->
         let input = match reader.next().await {
             Ok(Incoming::Text(frame)) => Input::Frame(id, frame),
             Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
-            Err(why) => return why,
+            Ok(Incoming::Closed(why)) | Err(why) => return why,
         };
         context.tell(input).await;
     }

@@ -2,9 +2,11 @@
 //! out what it wants, waits.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
+use async_tungstenite::tungstenite::Utf8Bytes;
 use futures_lite::{FutureExt, future};
 use log::{debug, info, warn};
 use smol::Timer;
@@ -16,22 +18,21 @@ use super::{Context, boot_time, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Stream};
 use crate::limits::BATCHES_IN_WRITER;
-use crate::net::DialError;
+use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
 use crate::session::tasks::QueuedTask;
 use crate::session::{LinkState, Now, Recorded, Session};
 use crate::wire::{ServerMessage, TaskOffer};
-use std::sync::Arc;
 
 /// Inputs that are taken in one turn before effects are carried out and others get a chance.
 const INPUTS_PER_TURN: usize = 32;
 
 /// Something that has happened. Those of a connection carry its number.
 pub enum Input {
-    DialFailed(u64, DialError),
+    DialFailed(u64, NetError),
     Connected(u64),
-    Frame(u64, String),
+    Frame(u64, Utf8Bytes),
     Heard(u64),
     Disconnected(u64, String),
     Snapshot(u64, Box<Snapshot>),

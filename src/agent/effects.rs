@@ -13,7 +13,7 @@ use super::{Context, connection::Connection, frames, report, task};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids};
 use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX};
-use crate::net::{ApiError, Control};
+use crate::net::{Control, NetError};
 use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception};
 use crate::session::reports::WaitingFinal;
 use crate::session::tasks::QueuedTask;
@@ -139,7 +139,7 @@ impl Driver {
                 context.tell(Input::Polled(failed)).await;
             }),
             Effect::Heartbeat => context.clone().spawn(async move {
-                let answer = context.api.heartbeat(&context.agent_id).await;
+                let answer = context.api.heartbeat().await;
                 let failed = offer(&context, "heartbeat", answer).await;
                 context.tell(Input::HeartbeatDone(failed)).await;
             }),
@@ -209,7 +209,7 @@ fn told(what: &str, result: Result<(), outbox::StoreError>) {
 async fn offer(
     context: &Rc<Context>,
     what: &str,
-    answer: Result<PolledTasks, ApiError>,
+    answer: Result<PolledTasks, NetError>,
 ) -> Option<Option<Duration>> {
     match answer {
         Ok(tasks) => {

@@ -66,7 +66,7 @@ pub async fn send(context: &Rc<Context>, ids: &Ids, fin: &Final) -> ReportResult
         };
         match context.api.report(&ids.task, &report).await {
             ReportOutcome::Done => return ReportResult::Done,
-            ReportOutcome::Refused { why } => return ReportResult::Refused { why },
+            ReportOutcome::Refused { why, .. } => return ReportResult::Refused { why },
             ReportOutcome::Retry { after, why } => return ReportResult::Retry { after, why },
             ReportOutcome::TooLarge if output_bytes + error_bytes == 0 => {
                 let why = "too large even without any output".to_owned();

@@ -53,13 +53,12 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
             return EXIT_CONFIG;
         }
     };
-    let paths = (
-        config.state_path.clone(),
-        config.private_key_path.clone(),
-        config.fingerprint_path.clone(),
-    );
-    let identity =
-        smol::unblock(move || Identity::load_or_create(&paths.0, &paths.1, &paths.2)).await;
+    let identity = Identity::load_or_create(
+        &config.state_path,
+        &config.private_key_path,
+        &config.fingerprint_path,
+    )
+    .await;
     let identity = match identity {
         Ok(identity) => identity,
         Err(error) => {
@@ -157,32 +156,31 @@ struct Parts {
 impl Parts {
     /// Has the server give this device its id, unless it is known. Never gives up.
     async fn register(mut self) -> Option<Context> {
-        let server_clock = net::ServerClock::new();
+        let server_clock = net::ServerClock::new(&self.settings.control_plane);
         let websocket = self.settings.websocket.clone();
-        let dialer = net::Dialer::new(self.settings.clone());
-        let agent_id = match self.identity.agent_id() {
-            Some(agent_id) => agent_id.to_owned(),
-            None => {
-                let api = net::Api::new(dialer.clone(), server_clock.clone(), None);
-                let agent_id = self.ask_for_id(&api).await;
-                if let Err(error) = self.identity.store_agent_id(&agent_id) {
-                    warn!("the agent id is not kept, the next start registers again: {error}");
-                }
-                info!("registered as agent {agent_id}");
-                agent_id
+        let dialer = Rc::new(net::Dialer::new(self.settings.clone()));
+        let api = net::Api::new(dialer.clone(), server_clock.clone());
+        while self.identity.agent_id().is_none() {
+            let agent_id = self.ask_for_id(&api).await;
+            match self.identity.store_agent_id(&agent_id).await {
+                Ok(()) => info!("registered as agent {agent_id}"),
+                Err(error) => warn!("{error}; the next start registers again"),
             }
-        };
-        let signer = self.identity.signer(&agent_id, server_clock.clone());
+            if self.identity.agent_id().is_none() {
+                Timer::after(self.config.registration_retry_initial_delay).await;
+            }
+        }
+        let signer = Rc::new(self.identity.signer(server_clock)?);
+        api.set_signer(signer.clone());
         Some(Context {
-            api: net::Api::new(dialer.clone(), server_clock.clone(), Some(signer.clone())),
+            api,
+            agent_id: signer.agent_id().to_owned(),
             config: self.config,
-            agent_id,
             executor: self.executor,
             outbox: self.store,
             dialer,
             websocket,
             signer,
-            server_clock,
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
         })
@@ -197,7 +195,7 @@ impl Parts {
                 (Some(_), Some(_)) => match api.register(&request).await {
                     Ok(answer) if !answer.id.is_empty() => return answer.id,
                     Ok(_) => "the server's answer names no agent id".to_owned(),
-                    Err(error) => error.why,
+                    Err(error) => error.to_string(),
                 },
                 _ => "HOSTLINK_TOKEN_ID and HOSTLINK_TOKEN_KEY are not both set, and this device \
                       has no agent id yet"

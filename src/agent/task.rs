@@ -21,8 +21,13 @@ use crate::wire::Timestamp;
 pub async fn run(context: Rc<Context>, task: QueuedTask, stop: Receiver<Stop>) {
     let ids = task.ids.clone();
     let key = ids.key();
+    // The store lets the command go once the attempt has started.
+    let command = load_command(&context, key).await;
     if may_start(&context, &ids, &stop).await {
-        let fin = execute(&context, &task, stop).await;
+        let fin = match command {
+            Ok(command) => execute(&context, &task, command, stop).await,
+            Err(why) => failed(&why),
+        };
         store_final(&context, &ids, fin).await;
     }
     context.tell(Input::TaskEnded(key)).await;
@@ -61,13 +66,21 @@ async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> b
     }
 }
 
-async fn execute(context: &Rc<Context>, task: &QueuedTask, stop: Receiver<Stop>) -> Final {
+async fn load_command(context: &Rc<Context>, key: AttemptKey) -> Result<Vec<u8>, String> {
+    match context.outbox.load_task(key).await {
+        Ok(Some(receipt)) => Ok(receipt.command),
+        Ok(None) => Err("its command is no longer in the outbox".to_owned()),
+        Err(error) => Err(format!("its command cannot be read back: {error}")),
+    }
+}
+
+async fn execute(
+    context: &Rc<Context>,
+    task: &QueuedTask,
+    command: Vec<u8>,
+    stop: Receiver<Stop>,
+) -> Final {
     let ids = &task.ids;
-    let command = match context.outbox.load_task(ids.key()).await {
-        Ok(Some(receipt)) => receipt.command,
-        Ok(None) => return failed("its command is no longer in the outbox"),
-        Err(error) => return failed(&format!("its command cannot be read back: {error}")),
-    };
     let config = &context.config;
     let spec = Spec {
         ids: Ids::clone(ids),
