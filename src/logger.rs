@@ -122,9 +122,9 @@ mod tests {
             Level::Debug,
             false,
         );
-        check(LevelFilter::Debug, "sled::pagecache", Level::Info, false);
-        check(LevelFilter::Info, "sled::pagecache", Level::Warn, true);
-        check(LevelFilter::Error, "sled::pagecache", Level::Warn, false);
-        check(LevelFilter::Trace, "sled::pagecache", Level::Trace, true);
+        check(LevelFilter::Debug, "other_crate::part", Level::Info, false);
+        check(LevelFilter::Info, "other_crate::part", Level::Warn, true);
+        check(LevelFilter::Error, "other_crate::part", Level::Warn, false);
+        check(LevelFilter::Trace, "other_crate::part", Level::Trace, true);
     }
 }

@@ -8,15 +8,20 @@
 //!   not while output of its attempt does.
 //! - A message leaves the window only by an acknowledgement, a refusal, or to be sent again.
 //!
+//! [`gaps`] answers gap errors, [`timers`] does what is due.
+//!
 //! `C` is the outbox's cursor: opaque, ordered as the log, its default before everything.
+
+mod gaps;
+mod timers;
 
 use super::Now;
 use super::failures::{Failures, LaneId};
 use super::window::{InFlight, Room, Window, lane_of};
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::{
-    ACK_TIMEOUT, BATCHES_IN_WRITER, GAP_ROUND, LANES_MAX, STREAM_STALL, WINDOW_BYTES,
-    WINDOW_MESSAGES, WINDOW_STREAM_BYTES, WINDOW_STREAM_MESSAGES,
+    BATCHES_IN_WRITER, LANES_MAX, STREAM_STALL, WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_STREAM_BYTES,
+    WINDOW_STREAM_MESSAGES,
 };
 use crate::wire::Piece;
 
@@ -443,188 +448,6 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     /// A retryable error about this message: it is sent again after the acknowledgement timeout.
     pub fn postponed(&mut self, key: AttemptKey, piece: Piece, now: Now) {
         self.window.postpone(key, piece, now);
-    }
-
-    /// The server misses what follows `highest_accepted`, as it saw from chunk `related`.
-    pub fn gap(
-        &mut self,
-        key: AttemptKey,
-        stream: Stream,
-        related: u64,
-        highest_accepted: u64,
-        failures: &mut Failures,
-        now: Now,
-    ) {
-        let id = LaneId {
-            key,
-            stream: Some(stream),
-        };
-        if !self.follow(id, now) {
-            return;
-        }
-        if let Some(lane) = self.lane_mut(id)
-            && let Some(gap) = &mut lane.gap
-            && gap.highest_accepted == highest_accepted
-        {
-            if lane.flow == Flow::Rewinding {
-                return;
-            }
-            if related > gap.last_related && related <= gap.round_high {
-                gap.last_related = related;
-                return;
-            }
-            if now < gap.resent_at + GAP_ROUND {
-                gap.again = Some(related);
-                return;
-            }
-        }
-        self.begin_gap_round(id, stream, related, highest_accepted, failures, now);
-    }
-
-    fn begin_gap_round(
-        &mut self,
-        id: LaneId,
-        stream: Stream,
-        related: u64,
-        highest_accepted: u64,
-        failures: &mut Failures,
-        now: Now,
-    ) {
-        let key = id.key;
-        let mut round_high = related;
-        let never = failures.gap(id, highest_accepted);
-        self.window.remove(|entry| {
-            let Some(sequence) = entry.sequence().filter(|_| entry.lane() == id) else {
-                return false;
-            };
-            round_high = round_high.max(sequence);
-            never || sequence > highest_accepted
-        });
-        if never {
-            failures.clear(id);
-            self.give_up(id, stream);
-            return;
-        }
-        if let Some(lane) = self.lane_mut(id) {
-            lane.flow = Flow::Rewinding;
-            lane.since = now;
-            lane.gap = Some(GapRound {
-                highest_accepted,
-                last_related: related,
-                round_high,
-                resent_at: now,
-                again: None,
-            });
-        }
-        self.act(Action::Locate {
-            key,
-            stream,
-            from: highest_accepted.saturating_add(1),
-        });
-    }
-
-    fn give_up(&mut self, id: LaneId, stream: Stream) {
-        let passed_over = self.lane(id).and_then(|lane| match lane.flow {
-            Flow::Parked(at) => Some(at),
-            Flow::Open | Flow::Rewinding => self.passed_over,
-        });
-        self.forget(id);
-        if let Some(at) = passed_over {
-            self.rewind_to(at);
-        }
-        self.act(Action::GiveUp {
-            key: id.key,
-            stream,
-        });
-    }
-
-    /// Answer to [`Action::Locate`]: where to read the stream again, `None` if nothing is held.
-    pub fn located(&mut self, key: AttemptKey, stream: Stream, at: Option<C>, now: Now) {
-        let id = LaneId {
-            key,
-            stream: Some(stream),
-        };
-        let Some(lane) = self.lane_mut(id) else {
-            return;
-        };
-        lane.flow = Flow::Open;
-        if let Some(gap) = &mut lane.gap {
-            gap.resent_at = now;
-            let next = gap.highest_accepted.saturating_add(1);
-            self.expect(key, stream, next);
-        }
-        let back_to = [at, self.passed_over.take()].into_iter().flatten().min();
-        if let Some(at) = back_to {
-            self.rewind_to(at);
-        }
-    }
-
-    /// Does what is due: repeats, further rounds of a gap. Expired lanes come out as actions.
-    pub fn on_time(&mut self, failures: &mut Failures, now: Now) {
-        let mut back_to: Option<C> = None;
-        self.window.remove(|entry| {
-            let due = entry.overtaken && entry.sent_at + ACK_TIMEOUT <= now;
-            if due {
-                back_to = Some(back_to.map_or(entry.at, |at| at.min(entry.at)));
-            }
-            due
-        });
-        for index in 0..self.lanes.len() {
-            let lane = &mut self.lanes[index];
-            let id = lane.id;
-            if let Some(gap) = lane.gap
-                && let Some(related) = gap.again
-                && gap.resent_at + GAP_ROUND <= now
-                && let Some(stream) = id.stream
-            {
-                self.begin_gap_round(id, stream, related, gap.highest_accepted, failures, now);
-                // The lane may be gone now; what else is due is found at the next turn.
-                break;
-            }
-            if lane.since + ACK_TIMEOUT > now || self.window.used_by(id).0 == 0 {
-                continue;
-            }
-            if lane.resent {
-                self.act(Action::Expired(id));
-                continue;
-            }
-            lane.resent = true;
-            lane.since = now;
-            self.window.remove(|entry| {
-                let again = entry.lane() == id;
-                if again {
-                    back_to = Some(back_to.map_or(entry.at, |at| at.min(entry.at)));
-                }
-                again
-            });
-        }
-        if let Some(at) = back_to {
-            self.rewind_to(at);
-        }
-    }
-
-    /// When [`Delivery::on_time`] or [`Delivery::next_read`] should be asked again at the latest.
-    pub fn next_deadline(&self) -> Option<Now> {
-        let repeats = self
-            .window
-            .iter()
-            .filter(|entry| entry.overtaken)
-            .map(|entry| entry.sent_at + ACK_TIMEOUT);
-        let lanes = self.lanes.iter().flat_map(|lane| {
-            let expiry = (self.window.used_by(lane.id).0 > 0).then_some(lane.since + ACK_TIMEOUT);
-            let round = lane
-                .gap
-                .filter(|gap| gap.again.is_some())
-                .map(|gap| gap.resent_at + GAP_ROUND);
-            [expiry, round].into_iter().flatten()
-        });
-        let stall = match self.wait {
-            Wait::Stream(id, _) if self.parked().is_none() => {
-                self.lane(id).map(|lane| lane.since + STREAM_STALL)
-            }
-            _ => None,
-        };
-        repeats.chain(lanes).chain(stall).min()
     }
 
     fn may_park(&self, id: LaneId, now: Now) -> bool {
