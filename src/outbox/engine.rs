@@ -24,6 +24,8 @@ use crate::limits::{
 
 /// Room for the parts of a final apart from its texts, and for the other records of a life.
 const LIFE_BYTES: u64 = 1024;
+/// Attempts to make room for one unit, beyond one for each segment.
+const TURNS_SPARE: usize = 8;
 /// Stream states that one unit brings up at the begin of a segment.
 const MARKS_MAX: usize = 32;
 
@@ -283,11 +285,19 @@ impl Engine {
     ) {
         self.make_way(key, None);
         match self.attempts.get(&key) {
-            Some(attempt) if attempt.final_waits() => {
+            Some(attempt) if attempt.awaits_final() => answer(reply, Err(StoreError::Unknown)),
+            // An acknowledgement is not durable by itself, but this is.
+            Some(attempt) if attempt.done_in == 0 && !attempt.discarded => {
+                let dropped = dropped && attempt.final_waits();
                 self.stage_plain(key, Record::Done { dropped }, reply);
             }
-            Some(attempt) if attempt.awaits_final() => answer(reply, Err(StoreError::Unknown)),
-            _ => answer(reply, Ok(())),
+            None if self.closings.iter().any(|(closed, ..)| *closed == key) => {
+                self.commit();
+                let unlogged = self.add_unlogged(&[]);
+                let stored = self.commit_side(unlogged);
+                answer(reply, stored.map(drop));
+            }
+            Some(_) | None => answer(reply, Ok(())),
         }
     }
 
@@ -497,29 +507,25 @@ impl Engine {
         }
     }
 
-    /// Adds what is closed and not in the log, as far as it fits; gives how many.
-    fn add_closings(&mut self) -> usize {
+    /// Adds what is closed and not in the log, as far as it fits.
+    fn add_closings(&mut self) -> Closings {
         let room = self.log.unit_room();
-        let mut added = 0;
-        for (key, entry, _) in &self.closings {
+        let mut added = Closings::default();
+        for (key, entry, first_in) in &self.closings {
             if self.unit.records_bytes() + RECORD_HEAD_BYTES + 8 > room {
                 break;
             }
             self.unit.push(*key, &Record::Closed(*entry));
-            added += 1;
+            added.add(entry, *first_in);
         }
         added
     }
 
-    fn closings_logged(&mut self, count: usize, generation: u64) {
-        let first = self
-            .closings
-            .drain(..count)
-            .map(|(_, _, first_in)| first_in);
-        let depends_on = first.min().unwrap_or(u64::MAX);
-        if let Some(segment) = self.log.segment_mut(generation) {
-            segment.depends_on = segment.depends_on.min(depends_on);
-        }
+    fn closings_logged(&mut self, logged: Closings, generation: u64) {
+        // Room-making may have logged some of them a second time, and taken them off.
+        self.closings
+            .retain(|(_, entry, _)| entry.order > logged.through);
+        self.depend(generation, logged.first_in);
     }
 
     /// Brings up the log's knowledge of acknowledgements, so that a restart repeats little.
@@ -568,7 +574,8 @@ impl Engine {
             false => self.terminal_limit(),
         };
         let mut may_use_spare = false;
-        loop {
+        // Each turn that makes room takes a segment away, so this many are plenty.
+        for _ in 0..self.log.segments.len() + TURNS_SPARE {
             let now_ms = self.now_ms();
             let room_made = match self
                 .log
@@ -596,9 +603,10 @@ impl Engine {
                 may_use_spare = true;
                 limit = self.bounds.cap_bytes;
             } else {
-                return Err(StoreError::Full);
+                break;
             }
         }
+        Err(StoreError::Full)
     }
 
     /// Segments that output may take together.
@@ -754,8 +762,10 @@ impl Engine {
     /// Puts into the side unit all that is known and not in the log: closings, and the states of
     /// these streams. Gives what [`Engine::side_logged`] wants to know.
     pub fn add_unlogged(&mut self, streams: &[(AttemptKey, Stream)]) -> Unlogged {
-        for (key, entry, _) in &self.closings {
+        let mut closings = Closings::default();
+        for (key, entry, first_in) in &self.closings {
             self.side.push(*key, &Record::Closed(*entry));
+            closings.add(entry, *first_in);
         }
         let mut marks = Vec::new();
         for &(key, stream) in streams {
@@ -765,20 +775,17 @@ impl Engine {
                 self.side.push(key, &Record::Mark { stream, mark });
             }
         }
-        Unlogged {
-            closings: self.closings.len(),
-            marks,
-        }
+        Unlogged { closings, marks }
     }
 
-    /// Makes the side unit durable. It may use everything that the cap allows.
+    /// Makes the side unit durable. It makes room, so it may always begin one segment, also over
+    /// the cap.
     pub fn commit_side(&mut self, unlogged: Unlogged) -> Result<(u64, u64), StoreError> {
         if self.side.is_empty() {
             return Ok((0, 0));
         }
         let now_ms = self.now_ms();
-        let cap = self.bounds.cap_bytes;
-        let placed = self.log.commit(&mut self.side, cap, true, now_ms);
+        let placed = self.log.commit(&mut self.side, u64::MAX, true, now_ms);
         self.side.clear();
         match placed {
             Ok((generation, offset)) => {
@@ -831,8 +838,31 @@ impl Engine {
 /// What a side unit says beside its purpose.
 #[derive(Default)]
 pub(super) struct Unlogged {
-    closings: usize,
+    closings: Closings,
     marks: Vec<(AttemptKey, Stream, u64)>,
+}
+
+/// The closings that a unit holds: all up to an order, and the oldest segment they depend on.
+#[derive(Debug, Clone, Copy)]
+struct Closings {
+    through: u64,
+    first_in: u64,
+}
+
+impl Default for Closings {
+    fn default() -> Closings {
+        Closings {
+            through: 0,
+            first_in: u64::MAX,
+        }
+    }
+}
+
+impl Closings {
+    fn add(&mut self, entry: &Entry, first_in: u64) {
+        self.through = self.through.max(entry.order);
+        self.first_in = self.first_in.min(first_in);
+    }
 }
 
 impl Fact {

@@ -27,11 +27,15 @@ pub mod handle;
 mod index;
 mod log;
 mod memory;
+#[cfg(test)]
+mod model;
 mod opening;
 mod reader;
 mod record;
 mod recovery;
 mod segment;
+#[cfg(test)]
+mod sim;
 mod space;
 #[cfg(test)]
 mod tests;

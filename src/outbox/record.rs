@@ -155,7 +155,10 @@ pub(super) fn unit_bytes(records: usize) -> u64 {
 /// Collects the records of one unit in a buffer that is reused.
 #[derive(Default)]
 pub(super) struct UnitBuffer {
+    /// Head and records, and behind them what is left of the padding of an attempt to write it.
     bytes: Vec<u8>,
+    /// End of the records in `bytes`.
+    end: usize,
     /// Where each record begins in `bytes`.
     starts: Vec<u32>,
 }
@@ -167,11 +170,12 @@ impl UnitBuffer {
 
     /// Bytes of the records so far, without the unit's head.
     pub fn records_bytes(&self) -> usize {
-        self.bytes.len().saturating_sub(UNIT_HEAD_BYTES)
+        self.end.saturating_sub(UNIT_HEAD_BYTES)
     }
 
     pub fn clear(&mut self) {
         self.bytes.clear();
+        self.end = 0;
         self.starts.clear();
         if self.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
             self.bytes = Vec::new();
@@ -180,10 +184,8 @@ impl UnitBuffer {
 
     /// Adds a record; gives its distance from the unit's begin.
     pub fn push(&mut self, key: AttemptKey, record: &Record<'_>) -> u64 {
-        if self.bytes.is_empty() {
-            self.bytes.resize(UNIT_HEAD_BYTES, 0);
-        }
-        let start = self.bytes.len();
+        let start = self.end.max(UNIT_HEAD_BYTES);
+        self.bytes.resize(start, 0);
         self.starts.push(start as u32);
         self.bytes.resize(start + RECORD_HEAD_BYTES, 0);
         let (kind, stream, flags, value) = self.push_body(record);
@@ -195,6 +197,7 @@ impl UnitBuffer {
         head[10..12].copy_from_slice(&flags.to_le_bytes());
         head[16..32].copy_from_slice(&key.0);
         head[32..40].copy_from_slice(&value.to_le_bytes());
+        self.end = self.bytes.len();
         start as u64
     }
 
@@ -284,7 +287,7 @@ impl UnitBuffer {
         head[24..32].copy_from_slice(&place.wall_ms.to_le_bytes());
         let crc = unit_crc(place.seed, place.offset, head);
         head[4..8].copy_from_slice(&crc.to_le_bytes());
-        let padded = self.bytes.len().next_multiple_of(SECTOR_BYTES);
+        let padded = self.end.next_multiple_of(SECTOR_BYTES);
         self.bytes.resize(padded, 0);
         &self.bytes
     }

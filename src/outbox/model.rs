@@ -1,0 +1,546 @@
+//! The engine on the simulated disk against a reference model of what it has promised.
+//!
+//! The model knows for each attempt what was confirmed and what was tried without an answer. After
+//! any crash the store must hold all that was confirmed, may hold what was tried, and nothing else.
+
+use std::collections::BTreeMap;
+
+use super::engine::{Bounds, Engine};
+use super::recovery;
+use super::sim::{Fault, Keep, Random, SimDisk, SimIndex};
+use super::types::*;
+use crate::ids::{FinalStatus, Ids, Stream};
+use crate::limits::{Chunk, ChunkBatch, ChunkBuffer};
+
+const SEGMENT_BYTES: u64 = 8 << 10;
+
+/// What the model knows of one attempt.
+#[derive(Default, Clone, Debug)]
+struct Known {
+    /// Confirmed, or (second) tried without an answer.
+    received: (bool, bool),
+    started: (bool, bool),
+    /// Starts that were allowed.
+    goes: u32,
+    finished: (bool, bool),
+    reported: (bool, bool),
+    discarded: (bool, bool),
+    final_acked: bool,
+    /// Last confirmed and last tried sequence of each stream.
+    last: [(u64, u64); 2],
+    /// All up to here may be gone, by acknowledgement.
+    acked: [u64; 2],
+    interrupted: bool,
+}
+
+pub struct Tester {
+    pub disk: SimDisk,
+    engine: Option<Engine>,
+    known: BTreeMap<u64, Known>,
+    cap_bytes: u64,
+    names: u64,
+}
+
+fn ids(number: u64) -> Ids {
+    Ids::new(&format!("task-{number}"), "attempt").expect("short")
+}
+
+fn command(number: u64) -> Vec<u8> {
+    format!("run {number} {}", "c".repeat((number % 7 * 100) as usize)).into_bytes()
+}
+
+/// The content of a chunk follows from its name, so that a changed byte is noticed.
+fn content(number: u64, stream: Stream, sequence: u64) -> Vec<u8> {
+    let mut random = Random::new(number << 32 | sequence << 1 | stream.index() as u64);
+    let len = 1 + random.below(700) as usize;
+    (0..len).map(|_| random.below(256) as u8).collect()
+}
+
+fn final_of(number: u64) -> Final {
+    Final {
+        status: FinalStatus::Failed,
+        exit_code: number as i32,
+        output: content(number, Stream::Stdout, 0),
+        error: content(number, Stream::Stderr, 0),
+        output_truncated: number % 2 == 0,
+        error_truncated: false,
+    }
+}
+
+fn bounds(cap_bytes: u64) -> Bounds {
+    Bounds {
+        cap_bytes,
+        terminal_reserve_bytes: SEGMENT_BYTES,
+        final_output_bytes: 1024,
+    }
+}
+
+type Answer<T> = async_channel::Receiver<T>;
+
+impl Tester {
+    pub fn new(cap_bytes: u64) -> Tester {
+        let mut tester = Tester {
+            disk: SimDisk::default(),
+            engine: None,
+            known: BTreeMap::new(),
+            cap_bytes,
+            names: 0,
+        };
+        assert!(tester.open());
+        tester
+    }
+
+    /// Opens the store. `false` if the disk failed meanwhile.
+    pub fn open(&mut self) -> bool {
+        self.engine = None;
+        let opened = recovery::open(
+            Box::new(self.disk.clone()),
+            Box::new(SimIndex::open(&self.disk)),
+            bounds(self.cap_bytes),
+            *b"0123456789abcdef",
+            || 1_000,
+        );
+        let (engine, recovered) = match opened {
+            Ok(opened) => opened,
+            Err(why) => {
+                assert!(self.disk.has_fault(), "a good disk opens: {why:?}");
+                return false;
+            }
+        };
+        for ids in &recovered.interrupted {
+            let known = self
+                .known
+                .values_mut()
+                .zip(0..)
+                .find(|(_, at)| *at == number_of(ids));
+            let known = known.expect("only what was received is interrupted").0;
+            assert!(known.started.1, "{ids} was never started");
+            known.interrupted = true;
+        }
+        let queued: Vec<u64> = recovered
+            .queued
+            .iter()
+            .map(|task| number_of(&task.ids))
+            .collect();
+        for (number, known) in &self.known {
+            let waits = queued.contains(number);
+            let may_wait =
+                known.received.1 && !known.started.0 && !known.finished.0 && !known.discarded.0;
+            assert!(!waits || may_wait, "{number} must not wait: {known:?}");
+            let must_wait =
+                known.received.0 && !known.started.1 && !known.finished.1 && !known.discarded.1;
+            assert!(waits || !must_wait, "{number} is lost: {known:?}");
+        }
+        self.engine = Some(engine);
+        true
+    }
+
+    fn engine(&mut self) -> &mut Engine {
+        self.engine.as_mut().expect("the store is open")
+    }
+
+    fn ask<T>(&mut self, send: impl FnOnce(&mut Engine, async_channel::Sender<T>)) -> T {
+        let (reply, answer): (_, Answer<T>) = async_channel::bounded(1);
+        send(self.engine(), reply);
+        self.engine().commit();
+        answer
+            .try_recv()
+            .expect("every question is answered by a commit")
+    }
+
+    pub fn receive(&mut self) -> u64 {
+        let number = self.names;
+        self.names += 1;
+        self.known.entry(number).or_default().received.1 = true;
+        let receipt = Receipt {
+            ids: ids(number),
+            command: command(number),
+            priority: number as i64,
+            timeout_seconds: None,
+            received_at_ms: number,
+        };
+        let answer = self.ask(|engine, reply| engine.receive(receipt, reply));
+        if answer == Ok(Reception::New) {
+            self.known.entry(number).or_default().received.0 = true;
+        } else {
+            assert!(answer.is_err());
+        }
+        number
+    }
+
+    pub fn start(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        let may = known.received.1 && !known.started.0 && !known.discarded.0 && !known.finished.0;
+        known.started.1 |= known.received.1;
+        let key = ids(number).key();
+        let answer = self.ask(|engine, reply| engine.start(key, 5, reply));
+        let known = self.known.entry(number).or_default();
+        if answer == Ok(Start::Go) {
+            assert!(may, "{number} must not start: {known:?}");
+            known.goes += 1;
+            assert_eq!(known.goes, 1, "{number} started twice");
+            known.started.0 = true;
+        }
+    }
+
+    pub fn append(&mut self, number: u64, stream: Stream, count: u64) {
+        let known = self.known.entry(number).or_default();
+        let (confirmed, tried) = &mut known.last[stream.index()];
+        if !known.started.0 || known.finished.1 || known.interrupted {
+            return;
+        }
+        let first = *confirmed + 1;
+        *tried = (*tried).max(*confirmed + count);
+        let batch: ChunkBatch = (first..first + count)
+            .map(|sequence| -> Chunk {
+                let bytes = content(number, stream, sequence);
+                Box::new(ChunkBuffer::from_slice(&bytes).expect("short"))
+            })
+            .collect();
+        let key = ids(number).key();
+        let answer = self.ask(|engine, reply| engine.append(key, stream, first, batch, reply));
+        if answer.is_ok() {
+            self.known.entry(number).or_default().last[stream.index()].0 = first + count - 1;
+        }
+    }
+
+    pub fn finish(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        if !known.received.0 || known.interrupted {
+            return;
+        }
+        known.finished.1 = true;
+        let key = ids(number).key();
+        let answer = self.ask(|engine, reply| engine.finish(key, final_of(number), Some(reply)));
+        self.known.entry(number).or_default().finished.0 |= answer.is_ok();
+    }
+
+    pub fn report(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        if !known.finished.0 {
+            return;
+        }
+        known.reported.1 = true;
+        let key = ids(number).key();
+        let answer = self.ask(|engine, reply| engine.final_done(key, false, reply));
+        self.known.entry(number).or_default().reported.0 |= answer.is_ok();
+    }
+
+    pub fn discard(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        if !known.received.0 {
+            return;
+        }
+        known.discarded.1 = true;
+        let key = ids(number).key();
+        let answer = self.ask(|engine, reply| engine.discard(key, reply));
+        // One that is done stays so.
+        let discarded = self.engine().known_phase(key) == Ok(Some(Phase::Discarded));
+        let known = self.known.entry(number).or_default();
+        known.discarded = (answer.is_ok() && discarded, answer.is_err() || discarded);
+    }
+
+    pub fn acknowledge(&mut self, number: u64, stream: Stream, sequence: u64) {
+        let known = self.known.entry(number).or_default();
+        let acked = &mut known.acked[stream.index()];
+        *acked = (*acked).max(sequence);
+        self.engine().acknowledge(Ack::Output {
+            key: ids(number).key(),
+            stream,
+            sequence,
+            cumulative: true,
+        });
+    }
+
+    pub fn acknowledge_final(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        known.final_acked |= known.finished.1 || known.interrupted;
+        let key = ids(number).key();
+        self.engine().acknowledge(Ack::Final { key });
+    }
+
+    pub fn close(&mut self) {
+        let engine = self.engine();
+        let counts = engine.counts();
+        // A failing disk may refuse: then the next start reads all of it.
+        let _ = engine.close(&counts);
+        self.engine = None;
+    }
+
+    pub fn crash(&mut self, keep: Keep) {
+        self.engine = None;
+        self.disk.crash(keep);
+    }
+
+    /// Reads all that waits and compares.
+    pub fn check(&mut self) {
+        let mut streams: BTreeMap<(u64, usize), Vec<(u64, bool)>> = BTreeMap::new();
+        let mut finals: Vec<u64> = Vec::new();
+        let mut from = Cursor::START;
+        loop {
+            let batch = self.engine().read(ReadRequest {
+                from,
+                max_messages: 5,
+                max_bytes: 4000,
+                ..ReadRequest::default()
+            });
+            assert!(
+                batch.at_end || !batch.messages.is_empty(),
+                "reading goes on"
+            );
+            for message in &batch.messages {
+                let number = number_of(&message.ids);
+                match &message.body {
+                    Body::Output {
+                        stream,
+                        sequence,
+                        data,
+                        after_hole,
+                    } => {
+                        assert_eq!(
+                            batch.buffer[data.clone()],
+                            content(number, *stream, *sequence),
+                            "chunk {sequence} of {number} changed"
+                        );
+                        assert!(
+                            !finals.contains(&number),
+                            "output after the final of {number}"
+                        );
+                        let seen = streams.entry((number, stream.index())).or_default();
+                        seen.push((*sequence, *after_hole));
+                    }
+                    Body::Final {
+                        exit_code,
+                        output,
+                        error,
+                        ..
+                    } => {
+                        let known = &self.known[&number];
+                        if *exit_code != -1 {
+                            let expected = final_of(number);
+                            assert_eq!(*exit_code, expected.exit_code);
+                            assert_eq!(batch.buffer[output.clone()], expected.output);
+                            assert_eq!(batch.buffer[error.clone()], expected.error);
+                        } else {
+                            assert!(!known.finished.0, "{number} had ended: {known:?}");
+                        }
+                        finals.push(number);
+                    }
+                }
+            }
+            from = batch.next;
+            if batch.at_end {
+                break;
+            }
+        }
+        let snapshot = self.engine().snapshot(1 << 20);
+        for (number, known) in &self.known {
+            let gone = known.discarded.0;
+            let seen_final = finals.iter().filter(|&other| other == number).count();
+            assert!(seen_final <= 1, "the final of {number} came twice");
+            let done = known.final_acked || known.reported.1;
+            let ends = known.finished.0 || known.interrupted;
+            if ends && !done && !known.discarded.1 {
+                assert_eq!(seen_final, 1, "the final of {number} is lost: {known:?}");
+            }
+            assert!(
+                !(gone || known.reported.0) || seen_final == 0,
+                "{number}: {known:?}"
+            );
+            for stream in Stream::ALL {
+                let none = Vec::new();
+                let seen = streams.get(&(*number, stream.index())).unwrap_or(&none);
+                assert!(!gone || seen.is_empty(), "{number} was discarded");
+                let range = snapshot
+                    .streams
+                    .iter()
+                    .find(|range| range.key == ids(*number).key() && range.stream == stream);
+                let truncated = range.is_some_and(|range| range.truncated);
+                let (confirmed, tried) = known.last[stream.index()];
+                let acked = known.acked[stream.index()];
+                let mut before = None;
+                for &(sequence, after_hole) in seen {
+                    assert!(
+                        sequence <= tried,
+                        "chunk {sequence} of {number} was never printed"
+                    );
+                    let follows = match before {
+                        Some(before) => sequence == before + 1,
+                        None => sequence <= acked + 1,
+                    };
+                    assert!(
+                        follows || (after_hole && truncated),
+                        "a hole before {sequence} of {number} {stream:?}: {known:?}"
+                    );
+                    before = Some(sequence);
+                }
+                let last = seen.last().map_or(0, |(sequence, _)| *sequence);
+                let dropped = self.cap_bytes < 1 << 20;
+                let complete = last >= confirmed || confirmed <= acked;
+                assert!(
+                    complete || known.discarded.1 || (dropped && seen.is_empty()),
+                    "{number} {stream:?} ends with {last}: {known:?}"
+                );
+            }
+        }
+        let most = self.cap_bytes + 2 * recovery::segment_bytes(self.cap_bytes);
+        assert!(snapshot.counts.bytes_used <= most, "the cap is exceeded");
+    }
+
+    /// What was tried without an answer is settled by what the store says now.
+    pub fn settle(&mut self) {
+        let numbers: Vec<u64> = self.known.keys().copied().collect();
+        for number in numbers {
+            let key = ids(number).key();
+            let phase = self.engine().known_phase(key).expect("the index answers");
+            let lasts = self
+                .engine()
+                .attempts
+                .get(&key)
+                .map(|attempt| attempt.streams.each_ref().map(|state| state.mark.last));
+            let stored = self.engine().final_of(key);
+            let Some(known) = self.known.get_mut(&number) else {
+                continue;
+            };
+            // Also by a recovery that crashed after it.
+            known.interrupted |= stored.is_some_and(|stored| stored.fin.exit_code == -1);
+            assert!(
+                phase.is_some() || !known.received.0,
+                "{number} is forgotten: {known:?}"
+            );
+            known.received = (phase.is_some(), phase.is_some());
+            let discarded = phase == Some(Phase::Discarded);
+            assert!(
+                discarded || !known.discarded.0,
+                "{number} came back: {phase:?} {known:?}"
+            );
+            known.discarded = (discarded, discarded);
+            let ended = matches!(phase, Some(Phase::Finished { .. }));
+            if !discarded {
+                let finished = ended && !known.interrupted;
+                assert!(
+                    finished || !known.finished.0,
+                    "{number}: {phase:?} {known:?}"
+                );
+                known.finished = (finished, finished);
+                known.started.0 = known.started.1 && phase != Some(Phase::Received);
+                known.started.1 = known.started.0;
+                let reported = ended && phase == Some(Phase::Finished { held: false });
+                assert!(
+                    reported || !known.reported.0,
+                    "{number} is to be reported again"
+                );
+                known.reported = (known.reported.1 && reported, known.reported.1 && reported);
+            }
+            if let Some(lasts) = lasts {
+                for (last, (confirmed, tried)) in lasts.into_iter().zip(&mut known.last) {
+                    *confirmed = last;
+                    *tried = last;
+                }
+            }
+        }
+    }
+
+    fn step(&mut self, random: &mut Random) {
+        let number = self.names.saturating_sub(1 + random.below(4));
+        let stream = Stream::ALL[random.below(2) as usize];
+        match random.below(20) {
+            0..=2 => {
+                self.receive();
+            }
+            3..=5 => self.start(number),
+            6..=12 => self.append(number, stream, 1 + random.below(5)),
+            13 | 14 => self.finish(number),
+            15 => {
+                if let Some(known) = self.known.get(&number) {
+                    let (last, _) = known.last[stream.index()];
+                    let sequence = random.below(last + 1);
+                    self.acknowledge(number, stream, sequence);
+                }
+            }
+            16 => {
+                for number in 0..self.names {
+                    for stream in Stream::ALL {
+                        let last = self.known[&number].last[stream.index()].0;
+                        self.acknowledge(number, stream, last);
+                    }
+                    if random.below(3) > 0 {
+                        self.acknowledge_final(number);
+                    }
+                }
+            }
+            17 => self.report(number),
+            18 => self.discard(number),
+            _ => self.acknowledge_final(number),
+        }
+    }
+}
+
+fn number_of(ids: &Ids) -> u64 {
+    let number = ids
+        .task
+        .strip_prefix("task-")
+        .and_then(|text| text.parse().ok());
+    number.expect("the ids are ours")
+}
+
+/// One random history with crashes, also inside the recovery. Fails with the seed.
+fn history(seed: u64, cap_bytes: u64) {
+    let random = &mut Random::new(seed);
+    let mut tester = Tester::new(cap_bytes);
+    for _ in 0..4 {
+        let crashes = random.below(4) > 0;
+        if crashes {
+            tester.disk.set_fault(random.below(120), Fault::Crash);
+        } else if random.below(2) == 0 {
+            let count = 1 + random.below(5);
+            let fault = match random.below(2) {
+                0 => Fault::Io(count),
+                _ => Fault::NoSpace(count),
+            };
+            tester.disk.set_fault(random.below(60), fault);
+        }
+        for _ in 0..random.below(80) {
+            tester.step(random);
+        }
+        if random.below(5) == 0 {
+            tester.close();
+        }
+        let keep = match random.below(5) {
+            0 => Keep::Nothing,
+            1 => Keep::Everything,
+            2 => Keep::FirstHalf,
+            3 => Keep::LastHalf,
+            _ => Keep::Some(random.below(1 << 32)),
+        };
+        tester.crash(keep);
+        if random.below(2) == 0 {
+            tester.disk.set_fault(random.below(20), Fault::Crash);
+            let _ = tester.open();
+            tester.crash(Keep::Some(random.below(1 << 32)));
+        }
+        assert!(tester.open(), "seed {seed}: a good disk opens");
+        tester.settle();
+        tester.check();
+    }
+}
+
+fn with_seed(seeds: std::ops::Range<u64>, cap_bytes: u64) {
+    for seed in seeds {
+        let run = std::panic::catch_unwind(|| history(seed, cap_bytes));
+        assert!(
+            run.is_ok(),
+            "history {seed} with a cap of {cap_bytes} bytes failed"
+        );
+    }
+}
+
+#[test]
+fn random_histories_keep_every_promise() {
+    with_seed(0..1500, 1 << 20);
+}
+
+#[test]
+fn random_histories_in_little_space_keep_every_promise() {
+    with_seed(0..1500, 96 << 10);
+}
