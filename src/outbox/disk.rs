@@ -19,6 +19,10 @@ pub(super) trait Disk: Send {
     /// Makes a file that did not exist, of this length if the file system can preallocate.
     fn create(&mut self, name: &str, len: u64) -> io::Result<Box<dyn DiskFile>>;
     fn open(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file that will be written from the beginning.
+    fn reuse(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        self.open(name)
+    }
     fn remove(&mut self, name: &str) -> io::Result<()>;
     fn sync_dir(&mut self) -> io::Result<()>;
     /// Whether a used file is worth keeping for its allocated blocks.
@@ -106,6 +110,16 @@ impl Disk for RealDisk {
             Err(why) if why.kind() == io::ErrorKind::PermissionDenied => File::open(&path)?,
             Err(why) => return Err(why),
         };
+        Ok(Box::new(RealFile(file)))
+    }
+
+    fn reuse(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(self.dir.join(name))?;
+        // Large pages of the last use would be written whole for each line. Only advice.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
         Ok(Box::new(RealFile(file)))
     }
 

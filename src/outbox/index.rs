@@ -184,7 +184,7 @@ impl Index for SledIndex {
         }
         self.mended(|index| {
             let db = index.db.clone().ok_or(io::ErrorKind::NotConnected)?;
-            let value = guarded(|| Ok(db.get(key.0)?))?;
+            let value = guarded(|| db.get(key.0))?;
             Ok(value.and_then(|value| decode(&value)))
         })
     }
@@ -195,10 +195,10 @@ impl Index for SledIndex {
         }
         self.last_order = self.last_order.max(entry.order);
         self.pending.insert(key, entry);
-        if self.pending.len() >= PENDING_MAX {
-            if let Err(why) = self.mended(SledIndex::write) {
-                log::debug!("the index of the outbox cannot be written: {why}");
-            }
+        if self.pending.len() >= PENDING_MAX
+            && let Err(why) = self.mended(SledIndex::write)
+        {
+            log::debug!("the index of the outbox cannot be written: {why}");
         }
     }
 
@@ -217,7 +217,7 @@ impl Index for SledIndex {
         self.mended(|index| {
             index.write()?;
             let db = index.db.clone().ok_or(io::ErrorKind::NotConnected)?;
-            guarded(|| Ok(db.flush().map(drop)?))?;
+            guarded(|| db.flush().map(drop))?;
             sync_tree(&index.dir)?;
             index.unsynced = false;
             Ok(())

@@ -23,6 +23,8 @@ use crate::limits::{ID_BYTES_MAX, SECTOR_BYTES};
 pub(super) const UNIT_HEAD_BYTES: usize = 32;
 pub(super) const RECORD_HEAD_BYTES: usize = 40;
 const UNIT_MAGIC: u32 = 0x5455_4c48;
+/// What the page cache works in.
+pub(super) const PAGE_BYTES: u64 = 4096;
 /// A buffer that an oversized unit has grown beyond this is given back.
 const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
 /// Lost ranges of a stream above its watermark that are told apart. There is none but after damage
@@ -287,8 +289,13 @@ impl UnitBuffer {
         head[24..32].copy_from_slice(&place.wall_ms.to_le_bytes());
         let crc = unit_crc(place.seed, place.offset, head);
         head[4..8].copy_from_slice(&crc.to_le_bytes());
-        let padded = self.end.next_multiple_of(SECTOR_BYTES);
-        self.bytes.resize(padded, 0);
+        // Up to the end of the page, so that the kernel need not read it first. What stands there
+        // is not confirmed, and the next unit goes over it.
+        let unit_end = place.offset + self.end.next_multiple_of(SECTOR_BYTES) as u64;
+        let page_end = unit_end
+            .next_multiple_of(PAGE_BYTES)
+            .min(place.capacity.max(unit_end));
+        self.bytes.resize((page_end - place.offset) as usize, 0);
         &self.bytes
     }
 }
@@ -298,6 +305,8 @@ impl UnitBuffer {
 pub(super) struct UnitPlace {
     pub seed: u32,
     pub offset: u64,
+    /// End of the segment.
+    pub capacity: u64,
     pub number: u64,
     pub wall_ms: u64,
 }

@@ -11,7 +11,8 @@
 use std::collections::HashSet;
 
 use super::attempts::Attempt;
-use super::engine::{Engine, Unlogged, io_error};
+use super::commit::Unlogged;
+use super::engine::{Engine, io_error};
 use super::log::Segment;
 use super::record::{RECORD_HEAD_BYTES, Record, UNIT_HEAD_BYTES};
 use super::segment::HEADER_BYTES;
@@ -46,10 +47,10 @@ impl Engine {
             .filter(|segment| self.is_dead(segment, &needed));
         let batch =
             RETIRE_BATCH.min(self.bounds.cap_bytes as usize / self.log.segment_bytes as usize / 4);
-        if dead.count() >= batch.max(1) {
-            if let Err(why) = self.retire_dead() {
-                log::warn!("cannot retire segments of the outbox: {why}");
-            }
+        if dead.count() >= batch.max(1)
+            && let Err(why) = self.retire_dead()
+        {
+            log::warn!("cannot retire segments of the outbox: {why}");
         }
         self.log.ensure_spare();
     }

@@ -1,5 +1,7 @@
 //! The outbox through its handle, on the real disk and in memory.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
