@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
 pub(super) trait Disk: Send {
@@ -42,10 +42,15 @@ pub(super) trait DiskFile: Send {
 pub(super) struct RealDisk {
     dir: PathBuf,
     preallocates: bool,
+    /// Keeps other processes out for as long as it is open.
+    _lock: Option<File>,
 }
 
 impl RealDisk {
-    /// Makes the folder if it is missing, durably.
+    /// Makes the folder if it is missing, durably, and locks it.
+    ///
+    /// # Errors
+    /// Also if another process has the folder locked.
     pub fn new(dir: &Path) -> io::Result<RealDisk> {
         if !dir.is_dir() {
             std::fs::create_dir_all(dir)?;
@@ -53,9 +58,18 @@ impl RealDisk {
                 sync_folder(parent)?;
             }
         }
+        let lock = File::open(dir)?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other("another process has it open"));
+            }
+            Err(why) => return Err(why.into()),
+        }
         Ok(RealDisk {
             dir: dir.to_owned(),
             preallocates: true,
+            _lock: Some(lock),
         })
     }
 
@@ -64,6 +78,7 @@ impl RealDisk {
         RealDisk {
             dir: dir.to_owned(),
             preallocates: false,
+            _lock: None,
         }
     }
 }
