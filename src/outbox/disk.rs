@@ -10,7 +10,7 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
 
 pub(super) trait Disk: Send {
@@ -19,6 +19,10 @@ pub(super) trait Disk: Send {
     /// Makes a file that did not exist, of this length if the file system can preallocate.
     fn create(&mut self, name: &str, len: u64) -> io::Result<Box<dyn DiskFile>>;
     fn open(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file that will be written from the beginning.
+    fn reuse(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        self.open(name)
+    }
     fn remove(&mut self, name: &str) -> io::Result<()>;
     fn sync_dir(&mut self) -> io::Result<()>;
     /// Whether a used file is worth keeping for its allocated blocks.
@@ -38,10 +42,15 @@ pub(super) trait DiskFile: Send {
 pub(super) struct RealDisk {
     dir: PathBuf,
     preallocates: bool,
+    /// Keeps other processes out for as long as it is open.
+    _lock: Option<File>,
 }
 
 impl RealDisk {
-    /// Makes the folder if it is missing, durably.
+    /// Makes the folder if it is missing, durably, and locks it.
+    ///
+    /// # Errors
+    /// Also if another process has the folder locked.
     pub fn new(dir: &Path) -> io::Result<RealDisk> {
         if !dir.is_dir() {
             std::fs::create_dir_all(dir)?;
@@ -49,9 +58,18 @@ impl RealDisk {
                 sync_folder(parent)?;
             }
         }
+        let lock = File::open(dir)?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => {}
+            Err(Errno::WOULDBLOCK) => {
+                return Err(io::Error::other("another process has it open"));
+            }
+            Err(why) => return Err(why.into()),
+        }
         Ok(RealDisk {
             dir: dir.to_owned(),
             preallocates: true,
+            _lock: Some(lock),
         })
     }
 
@@ -60,6 +78,7 @@ impl RealDisk {
         RealDisk {
             dir: dir.to_owned(),
             preallocates: false,
+            _lock: None,
         }
     }
 }
@@ -106,6 +125,16 @@ impl Disk for RealDisk {
             Err(why) if why.kind() == io::ErrorKind::PermissionDenied => File::open(&path)?,
             Err(why) => return Err(why),
         };
+        Ok(Box::new(RealFile(file)))
+    }
+
+    fn reuse(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(self.dir.join(name))?;
+        // Large pages of the last use would be written whole for each line. Only advice.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed);
         Ok(Box::new(RealFile(file)))
     }
 

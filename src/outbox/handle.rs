@@ -24,7 +24,7 @@ pub(super) type Reply<T> = Sender<T>;
 
 /// One wish to the storage thread.
 pub(super) enum Command {
-    Receive(Receipt, Reply<Result<Reception, StoreError>>),
+    Receive(Box<Receipt>, Reply<Result<Reception, StoreError>>),
     LoadTask(AttemptKey, Reply<Result<Option<Receipt>, StoreError>>),
     Start(AttemptKey, u64, Reply<Result<Start, StoreError>>),
     Append {
@@ -88,7 +88,8 @@ impl Handle {
     /// Records a task durably, unless its attempt is known. [`StoreError::Full`] if there is no
     /// room for it and its worst-case final.
     pub async fn receive(&self, receipt: Receipt) -> Result<Reception, StoreError> {
-        self.ask(|reply| Command::Receive(receipt, reply)).await?
+        self.ask(|reply| Command::Receive(Box::new(receipt), reply))
+            .await?
     }
 
     /// Reads a task that has not started back from the log. `None` if it is not held.

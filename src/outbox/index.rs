@@ -83,10 +83,11 @@ impl SledIndex {
         } else {
             Err(io::Error::other("it failed its check"))
         };
-        if let Err(why) = opened {
-            index.replace(&why)?;
+        match opened {
+            Ok(()) => Ok(index),
+            Err(why) if is_the_disks_fault(&why) => Err(why),
+            Err(why) => index.replace(&why).map(|()| index),
         }
-        Ok(index)
     }
 
     /// Whether the index that was there could not be used.
@@ -163,11 +164,10 @@ impl SledIndex {
         Ok(())
     }
 
-    /// Runs something on the index and begins a new index if it fails for another reason than
-    /// want of space.
+    /// Runs something on the index and begins a new index if it fails and the disk does not.
     fn mended<T>(&mut self, run: impl Fn(&mut Self) -> io::Result<T>) -> io::Result<T> {
         match run(self) {
-            Err(why) if why.kind() == io::ErrorKind::StorageFull => Err(why),
+            Err(why) if is_the_disks_fault(&why) => Err(why),
             Err(why) => {
                 self.replace(&why)?;
                 run(self)
@@ -184,7 +184,7 @@ impl Index for SledIndex {
         }
         self.mended(|index| {
             let db = index.db.clone().ok_or(io::ErrorKind::NotConnected)?;
-            let value = guarded(|| Ok(db.get(key.0)?))?;
+            let value = guarded(|| db.get(key.0))?;
             Ok(value.and_then(|value| decode(&value)))
         })
     }
@@ -195,10 +195,10 @@ impl Index for SledIndex {
         }
         self.last_order = self.last_order.max(entry.order);
         self.pending.insert(key, entry);
-        if self.pending.len() >= PENDING_MAX {
-            if let Err(why) = self.mended(SledIndex::write) {
-                log::debug!("the index of the outbox cannot be written: {why}");
-            }
+        if self.pending.len() >= PENDING_MAX
+            && let Err(why) = self.mended(SledIndex::write)
+        {
+            log::debug!("the index of the outbox cannot be written: {why}");
         }
     }
 
@@ -217,7 +217,7 @@ impl Index for SledIndex {
         self.mended(|index| {
             index.write()?;
             let db = index.db.clone().ok_or(io::ErrorKind::NotConnected)?;
-            guarded(|| Ok(db.flush().map(drop)?))?;
+            guarded(|| db.flush().map(drop))?;
             sync_tree(&index.dir)?;
             index.unsynced = false;
             Ok(())
@@ -247,6 +247,15 @@ impl Index for SledIndex {
     fn take_rebuilt(&mut self) -> bool {
         std::mem::take(&mut self.rebuilt)
     }
+}
+
+/// A new index would not do better.
+fn is_the_disks_fault(why: &io::Error) -> bool {
+    use io::ErrorKind::{PermissionDenied, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    matches!(
+        why.kind(),
+        PermissionDenied | QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    )
 }
 
 /// What the checking child runs: opens the index and walks it.

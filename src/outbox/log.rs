@@ -7,7 +7,7 @@
 use std::io;
 
 use super::disk::{Disk, DiskFile};
-use super::record::{UnitBuffer, UnitPlace, unit_bytes};
+use super::record::{PAGE_BYTES, UnitBuffer, UnitPlace, unit_bytes};
 use super::segment::{HEADER_BYTES, Header, INCARNATION_BYTES, SegmentReader};
 use crate::ids::{AttemptKey, Stream};
 
@@ -208,6 +208,7 @@ impl Log {
         let sealed = unit.seal(UnitPlace {
             seed: segment.header.seed(),
             offset,
+            capacity: segment.header.capacity,
             number,
             wall_ms,
         });
@@ -276,8 +277,11 @@ impl Log {
         // Even if this fails below: the header may have reached the medium.
         self.next_generation += 1;
         let (name, mut file) = self.obtain_file(capacity, may_use_spare)?;
+        // The whole page, so that the kernel need not read the rest of it.
+        let mut page = [0; PAGE_BYTES as usize];
+        page[..HEADER_BYTES as usize].copy_from_slice(&header.encode());
         let made = file
-            .write_at(&header.encode(), 0)
+            .write_at(&page, 0)
             .and_then(|()| file.sync_data())
             .and_then(|()| match self.dir_unsynced {
                 true => self.disk.sync_dir(),
@@ -308,12 +312,13 @@ impl Log {
         may_use_spare: bool,
     ) -> Result<(u64, Box<dyn DiskFile>), CommitError> {
         let kept = if may_use_spare { 0 } else { 1 };
-        if capacity == self.segment_bytes && self.free.len() > kept {
-            if let Some(name) = self.free.pop() {
-                match self.disk.open(&file_name(name)) {
-                    Ok(file) => return Ok((name, file)),
-                    Err(_) => self.remove_file(name),
-                }
+        if capacity == self.segment_bytes
+            && self.free.len() > kept
+            && let Some(name) = self.free.pop()
+        {
+            match self.disk.reuse(&file_name(name)) {
+                Ok(file) => return Ok((name, file)),
+                Err(_) => self.remove_file(name),
             }
         }
         let name = self.next_name;

@@ -4,7 +4,8 @@
 //!
 //! * [`types`] and [`handle`]: what the other layers see; each call is one command.
 //! * `thread`: the storage thread; it commits together what it finds together.
-//! * `engine`: facts are checked, encoded, made durable, and only then known.
+//! * `engine`: the state; `facts`: wishes are checked and encoded; `commit`: they are made durable
+//!   and only then known.
 //! * `attempts`: what is known of the attempts that are open.
 //! * `record`, `segment`: the bytes; `log`: the append side; `disk`: the files.
 //! * `space`: retirement, copying forward, giving up the oldest output.
@@ -21,17 +22,23 @@
 //! 4. Memory holds a summary for each open attempt, segment and stream, nothing for a chunk.
 
 mod attempts;
+mod commit;
 mod disk;
 mod engine;
+mod facts;
 pub mod handle;
 mod index;
 mod log;
 mod memory;
+#[cfg(test)]
+mod model;
 mod opening;
 mod reader;
 mod record;
 mod recovery;
 mod segment;
+#[cfg(test)]
+mod sim;
 mod space;
 #[cfg(test)]
 mod tests;

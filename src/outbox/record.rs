@@ -23,6 +23,8 @@ use crate::limits::{ID_BYTES_MAX, SECTOR_BYTES};
 pub(super) const UNIT_HEAD_BYTES: usize = 32;
 pub(super) const RECORD_HEAD_BYTES: usize = 40;
 const UNIT_MAGIC: u32 = 0x5455_4c48;
+/// What the page cache works in.
+pub(super) const PAGE_BYTES: u64 = 4096;
 /// A buffer that an oversized unit has grown beyond this is given back.
 const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
 /// Lost ranges of a stream above its watermark that are told apart. There is none but after damage
@@ -155,7 +157,10 @@ pub(super) fn unit_bytes(records: usize) -> u64 {
 /// Collects the records of one unit in a buffer that is reused.
 #[derive(Default)]
 pub(super) struct UnitBuffer {
+    /// Head and records, and behind them what is left of the padding of an attempt to write it.
     bytes: Vec<u8>,
+    /// End of the records in `bytes`.
+    end: usize,
     /// Where each record begins in `bytes`.
     starts: Vec<u32>,
 }
@@ -167,11 +172,12 @@ impl UnitBuffer {
 
     /// Bytes of the records so far, without the unit's head.
     pub fn records_bytes(&self) -> usize {
-        self.bytes.len().saturating_sub(UNIT_HEAD_BYTES)
+        self.end.saturating_sub(UNIT_HEAD_BYTES)
     }
 
     pub fn clear(&mut self) {
         self.bytes.clear();
+        self.end = 0;
         self.starts.clear();
         if self.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
             self.bytes = Vec::new();
@@ -180,10 +186,8 @@ impl UnitBuffer {
 
     /// Adds a record; gives its distance from the unit's begin.
     pub fn push(&mut self, key: AttemptKey, record: &Record<'_>) -> u64 {
-        if self.bytes.is_empty() {
-            self.bytes.resize(UNIT_HEAD_BYTES, 0);
-        }
-        let start = self.bytes.len();
+        let start = self.end.max(UNIT_HEAD_BYTES);
+        self.bytes.resize(start, 0);
         self.starts.push(start as u32);
         self.bytes.resize(start + RECORD_HEAD_BYTES, 0);
         let (kind, stream, flags, value) = self.push_body(record);
@@ -195,6 +199,7 @@ impl UnitBuffer {
         head[10..12].copy_from_slice(&flags.to_le_bytes());
         head[16..32].copy_from_slice(&key.0);
         head[32..40].copy_from_slice(&value.to_le_bytes());
+        self.end = self.bytes.len();
         start as u64
     }
 
@@ -284,8 +289,13 @@ impl UnitBuffer {
         head[24..32].copy_from_slice(&place.wall_ms.to_le_bytes());
         let crc = unit_crc(place.seed, place.offset, head);
         head[4..8].copy_from_slice(&crc.to_le_bytes());
-        let padded = self.bytes.len().next_multiple_of(SECTOR_BYTES);
-        self.bytes.resize(padded, 0);
+        // Up to the end of the page, so that the kernel need not read it first. What stands there
+        // is not confirmed, and the next unit goes over it.
+        let unit_end = place.offset + self.end.next_multiple_of(SECTOR_BYTES) as u64;
+        let page_end = unit_end
+            .next_multiple_of(PAGE_BYTES)
+            .min(place.capacity.max(unit_end));
+        self.bytes.resize((page_end - place.offset) as usize, 0);
         &self.bytes
     }
 }
@@ -295,6 +305,8 @@ impl UnitBuffer {
 pub(super) struct UnitPlace {
     pub seed: u32,
     pub offset: u64,
+    /// End of the segment.
+    pub capacity: u64,
     pub number: u64,
     pub wall_ms: u64,
 }

@@ -25,6 +25,7 @@ use crate::limits::{
     FINISHED_ATTEMPTS_MAX, SECTOR_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, SEGMENTS_MIN,
 };
 
+#[derive(Debug)]
 pub(super) enum OpenError {
     /// The store was written by a newer agent, in this format version.
     Newer(u32),
@@ -128,6 +129,9 @@ pub(super) fn open(
     engine.log.trim_free(bounds.cap_bytes);
     engine.log.ensure_spare();
     let recovered = settle(&mut engine)?;
+    if let Err(why) = engine.shrink() {
+        log::warn!("the outbox is larger than its cap: {why}");
+    }
     engine.news = false;
     Ok((engine, recovered))
 }

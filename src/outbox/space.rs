@@ -11,7 +11,8 @@
 use std::collections::HashSet;
 
 use super::attempts::Attempt;
-use super::engine::{Engine, Unlogged, io_error};
+use super::commit::Unlogged;
+use super::engine::{Engine, io_error};
 use super::log::Segment;
 use super::record::{RECORD_HEAD_BYTES, Record, UNIT_HEAD_BYTES};
 use super::segment::HEADER_BYTES;
@@ -27,8 +28,7 @@ impl Engine {
         if self.retire_dead()? > 0 {
             return Ok(true);
         }
-        if self.compact()? {
-            self.retire_dead()?;
+        if self.compact()? && self.retire_dead()? > 0 {
             return Ok(true);
         }
         Ok(may_drop && self.drop_oldest_output()?)
@@ -47,12 +47,24 @@ impl Engine {
             .filter(|segment| self.is_dead(segment, &needed));
         let batch =
             RETIRE_BATCH.min(self.bounds.cap_bytes as usize / self.log.segment_bytes as usize / 4);
-        if dead.count() >= batch.max(1) {
-            if let Err(why) = self.retire_dead() {
-                log::warn!("cannot retire segments of the outbox: {why}");
-            }
+        if dead.count() >= batch.max(1)
+            && let Err(why) = self.retire_dead()
+        {
+            log::warn!("cannot retire segments of the outbox: {why}");
         }
         self.log.ensure_spare();
+    }
+
+    /// Goes back under the cap after a start: it may have been lowered, and a power cut may have
+    /// brought back what was retired.
+    pub fn shrink(&mut self) -> Result<(), StoreError> {
+        for _ in 0..2 * self.log.segments.len() {
+            if self.log.used_bytes() <= self.bounds.cap_bytes || !self.make_room(true)? {
+                break;
+            }
+        }
+        self.log.trim_free(self.bounds.cap_bytes);
+        Ok(())
     }
 
     /// Retires every dead segment that nothing holds; gives how many.
@@ -168,7 +180,10 @@ impl Engine {
         let mut best: Option<(u64, u64)> = None;
         for segment in &self.log.segments {
             let generation = segment.generation();
-            if Some(generation) == last || self.has_waiting_output(segment) {
+            let header = &segment.header;
+            let guards =
+                header.guards_predecessor && self.log.position(header.predecessor).is_some();
+            if Some(generation) == last || guards || self.has_waiting_output(segment) {
                 continue;
             }
             let cost = self.copy_bytes(generation);
@@ -230,9 +245,6 @@ impl Engine {
                     done.push(key);
                 }
             });
-        }
-        if keys.is_empty() && done.is_empty() {
-            return Ok(false);
         }
         let mut copies = Vec::new();
         for key in keys {

@@ -1,5 +1,7 @@
 //! The outbox through its handle, on the real disk and in memory.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -368,4 +370,165 @@ fn output_over_the_cap_drops_the_oldest_and_says_so() {
             "every dropped chunk is counted"
         );
     });
+}
+
+#[test]
+fn a_newer_store_is_set_aside_whole() {
+    let folder = Folder::new();
+    let spool = folder.0.join("outbox/spool");
+    std::fs::create_dir_all(&spool).unwrap();
+    let mut sector = vec![0; 4096];
+    sector[..8].copy_from_slice(b"HLEDGESG");
+    sector[8..12].copy_from_slice(&7u32.to_le_bytes());
+    let crc = crc32c::crc32c(&sector[..12]);
+    sector[12..16].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(spool.join("0000000001.seg"), &sector).unwrap();
+    block_on(async {
+        let (store, _) = open(folder.settings()).await;
+        assert!(!store.counts().await.volatile);
+        a_life(&store).await;
+        store.close().await;
+    });
+    let kept = folder.0.join("outbox.format-7-1/spool/0000000001.seg");
+    assert_eq!(std::fs::read(kept).unwrap(), sector);
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_means_the_volatile_store() {
+    let folder = Folder::new();
+    std::fs::write(folder.0.join("outbox"), "a file in the way").unwrap();
+    block_on(async {
+        let (store, recovered) = open(folder.settings()).await;
+        assert!(recovered.queued.is_empty());
+        let counts = store.counts().await;
+        assert!(counts.volatile && counts.volatile_reason.is_some());
+        a_life(&store).await;
+    });
+}
+
+#[test]
+fn two_stores_never_share_a_folder() {
+    let folder = Folder::new();
+    block_on(async {
+        let (first, _) = open(folder.settings()).await;
+        let (second, _) = open(folder.settings()).await;
+        assert!(!first.counts().await.volatile);
+        assert!(second.counts().await.volatile);
+        a_life(&first).await;
+        first.close().await;
+    });
+}
+
+#[test]
+fn memory_is_left_for_the_disk_with_what_it_remembers() {
+    let folder = Folder::new();
+    let queued_on_disk = receipt("both");
+    block_on(async {
+        let (store, _) = open(folder.settings()).await;
+        store.receive(queued_on_disk).await.unwrap();
+        store.receive(receipt("disk")).await.unwrap();
+        store.close().await;
+    });
+    let (sender, reopened) = async_channel::bounded(1);
+    let reopening = opening::Reopening {
+        settings: folder.settings(),
+        reopened: sender,
+        incarnations: Arc::new(handle::Incarnations {
+            first: "0".repeat(16),
+            second: OnceLock::new(),
+        }),
+    };
+    let entry = record::Entry {
+        order: 1,
+        discarded: false,
+        status: FinalStatus::Completed,
+        exit_code: 0,
+    };
+    let done_in_memory = [(ids("both").key(), entry)];
+    let mut engine = match reopening.try_disk(&done_in_memory) {
+        Ok(engine) => engine,
+        Err((_, why)) => panic!("{why}"),
+    };
+    let queued = reopened.try_recv().unwrap().queued;
+    assert_eq!(queued.len(), 1);
+    assert_eq!(queued[0].ids, ids("disk"));
+    let phase = engine.known_phase(ids("both").key());
+    assert_eq!(phase, Ok(Some(Phase::Finished { held: false })));
+}
+
+#[test]
+fn a_damaged_index_is_set_aside_and_brought_up_from_the_log() {
+    let folder = Folder::new();
+    block_on(async {
+        let (store, _) = open(folder.settings()).await;
+        a_life(&store).await;
+        store.receive(receipt("waiting")).await.unwrap();
+        store.close().await;
+    });
+    let index = folder.0.join("outbox/index");
+    for name in ["db", "conf"] {
+        std::fs::write(index.join(name), vec![0xa5; 5000]).unwrap();
+    }
+    block_on(async {
+        let (store, recovered) = open(folder.settings()).await;
+        let counts = store.counts().await;
+        assert!(counts.index_rebuilt && !counts.volatile, "{counts:?}");
+        assert_eq!(recovered.queued.len(), 1);
+        let known = store.receive(receipt("a")).await;
+        assert_eq!(known, Ok(Reception::Known(Phase::Finished { held: false })));
+        assert!(folder.0.join("outbox/index.damaged").exists());
+        store.close().await;
+    });
+}
+
+#[test]
+fn a_task_without_room_is_refused_and_taken_when_room_returns() {
+    let folder = Folder::new();
+    let mut settings = folder.settings();
+    settings.cap_bytes = 1 << 20;
+    settings.final_output_bytes = 64 << 10;
+    block_on(async {
+        let (store, _) = open(settings).await;
+        let mut taken = 0;
+        loop {
+            match store.receive(receipt(&format!("task{taken}"))).await {
+                Ok(Reception::New) => taken += 1,
+                refused => {
+                    assert_eq!(refused, Err(StoreError::Full));
+                    break;
+                }
+            }
+        }
+        assert!(taken >= 3, "{taken} tasks fit");
+        store.discard(ids("task0").key()).await.unwrap();
+        let name = format!("task{taken}");
+        assert_eq!(store.receive(receipt(&name)).await, Ok(Reception::New));
+        // Each of them can store its worst-case final.
+        for number in 1..=taken {
+            let key = ids(&format!("task{number}")).key();
+            let mut fin = completed(&"x".repeat(64 << 10));
+            fin.error = vec![b'y'; 64 << 10];
+            let stored = store.finish(key, fin).await;
+            assert_eq!(stored.map_err(|(_, why)| why), Ok(()));
+        }
+        assert_eq!(store.finals_waiting(100).await.len(), taken);
+        assert!(store.counts().await.bytes_used <= 1 << 20);
+    });
+}
+
+#[test]
+fn looking_at_a_stopped_store_changes_nothing() {
+    let folder = Folder::new();
+    let dir = folder.0.join("outbox");
+    assert!(inspect(&dir, 4 << 20).is_err());
+    block_on(async {
+        let (store, _) = open(folder.settings()).await;
+        let key = run_task(&store, "a").await;
+        append(&store, key, 1, batch(&["one", "two"])).await;
+        store.acknowledge(acks(&[output_ack(key, 1, true)])).await;
+        store.close().await;
+    });
+    assert_eq!(inspect(&dir, 4 << 20).unwrap().messages_waiting, 1);
+    std::fs::remove_file(dir.join("clean")).unwrap();
+    assert_eq!(inspect(&dir, 4 << 20).unwrap().messages_waiting, 1);
 }

@@ -78,7 +78,7 @@ impl Storage {
     fn handle(&mut self, command: Command) {
         let engine = &mut self.engine;
         match command {
-            Command::Receive(receipt, reply) => engine.receive(receipt, reply),
+            Command::Receive(receipt, reply) => engine.receive(*receipt, reply),
             Command::LoadTask(key, reply) => answer(reply, engine.load_task(key)),
             Command::Start(key, at_ms, reply) => engine.start(key, at_ms, reply),
             Command::Append {
