@@ -24,6 +24,8 @@ pub struct TaskRecord {
     pub priority: i64,
     #[serde(default)]
     pub timeout_seconds: Option<u64>,
+    /// Order of submission.
+    pub number: u64,
     /// RFC 3339.
     pub created_at: String,
 }
@@ -275,6 +277,7 @@ mod tests {
             command: "true".into(),
             priority: 0,
             timeout_seconds: None,
+            number: 1,
             created_at: String::new(),
         })
         .expect("short ids")

@@ -92,6 +92,7 @@ pub struct Hub {
     executor: Weak<LocalExecutor<'static>>,
     state: RefCell<State>,
     next_session: Cell<u64>,
+    next_task: Cell<u64>,
 }
 
 impl Hub {
@@ -110,7 +111,9 @@ impl Hub {
                 log::error!("agent {id} is left out: {error}; let it register again");
             }
         }
+        let mut next_task = 1;
         for loaded in opened.open {
+            next_task = next_task.max(loaded.attempt.task.number + 1);
             state.insert(loaded, true);
         }
         Hub {
@@ -122,6 +125,7 @@ impl Hub {
             executor,
             state: RefCell::new(state),
             next_session: Cell::new(1),
+            next_task: Cell::new(next_task),
         }
     }
 
@@ -307,6 +311,11 @@ impl Hub {
         Ok(())
     }
 
+    /// Place of a new task among those that have not ended.
+    pub fn task_number(&self) -> u64 {
+        self.next_task.replace(self.next_task.get() + 1)
+    }
+
     /// A new task is durable.
     pub fn insert_task(&self, attempt: Attempt, length: u64) {
         let agent_id = attempt.task.agent_id.clone();
@@ -348,10 +357,7 @@ impl Hub {
             .iter()
             .filter_map(|task_id| Some(&state.attempts.get(task_id)?.attempt.task))
             .collect();
-        tasks.sort_by(|a, b| {
-            let urgent = b.priority.cmp(&a.priority);
-            urgent.then_with(|| (&a.created_at, &a.task_id).cmp(&(&b.created_at, &b.task_id)))
-        });
+        tasks.sort_by(|a, b| b.priority.cmp(&a.priority).then(a.number.cmp(&b.number)));
         tasks.iter().map(|task| task.task_id.clone()).collect()
     }
 
@@ -477,9 +483,9 @@ impl State {
         let task = &loaded.attempt.task;
         let task_id = task.task_id.clone();
         if loaded.attempt.result.is_none() {
-            self.open_command_bytes += task.command.len();
-            if let Some(agent) = self.agents.get_mut(&task.agent_id) {
-                agent.open.insert(task_id.clone());
+            let agent = self.agents.get_mut(&task.agent_id);
+            if agent.is_some_and(|agent| agent.open.insert(task_id.clone())) {
+                self.open_command_bytes += task.command.len();
             }
         } else {
             self.ended.push_back(task_id.clone());
@@ -492,15 +498,15 @@ impl State {
             offered,
             watchers: Vec::new(),
         };
-        self.attempts.insert(task_id, live);
-        self.forget_ended();
+        self.attempts.insert(task_id.clone(), live);
+        self.forget_ended(&task_id);
     }
 
     /// The final of a task was staged.
     fn end(&mut self, task_id: &str) {
         self.close_open(task_id);
         self.ended.push_back(task_id.to_owned());
-        self.forget_ended();
+        self.forget_ended(task_id);
     }
 
     fn close_open(&mut self, task_id: &str) {
@@ -513,8 +519,9 @@ impl State {
         }
     }
 
-    /// Lets go of attempts that ended longest ago and that nobody is busy with.
-    fn forget_ended(&mut self) {
+    /// Lets go of attempts that ended longest ago and that nobody is busy with; never of `newest`,
+    /// which its caller is about to use.
+    fn forget_ended(&mut self, newest: &str) {
         let mut busy = 0;
         while self.ended.len() > GATEWAY_ENDED_ATTEMPTS_MAX + busy {
             let Some(task_id) = self.ended.pop_front() else {
@@ -524,7 +531,7 @@ impl State {
                 live.watchers.retain(|watcher| !watcher.is_closed());
                 live.watchers.is_empty() && live.appended == live.durable
             });
-            if idle {
+            if idle && task_id != newest {
                 self.attempts.remove(&task_id);
             } else {
                 self.ended.push_back(task_id);

@@ -146,6 +146,7 @@ async fn submit(hub: &Rc<Hub>, request: Request<Incoming>) -> Result<Answer, Ref
         command,
         priority: submission.priority,
         timeout_seconds: submission.timeout_seconds.filter(|&seconds| seconds > 0),
+        number: hub.task_number(),
         created_at: Timestamp::now().to_string(),
     };
     let attempt = Attempt::new(record.clone()).ok_or((500, "the ids are too long".to_owned()))?;

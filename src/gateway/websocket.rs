@@ -236,6 +236,8 @@ impl Session {
                             None => break,
                         }
                     }
+                    // Other sessions have their turn, however fast this agent sends.
+                    future::yield_now().await;
                 }
             }
         }
@@ -352,28 +354,30 @@ impl Session {
     /// Delivers what is pending and cancels what is to be cancelled.
     async fn deliver_tasks(&mut self) -> Result<(), End> {
         for task_id in self.hub.open_tasks(&self.agent_id) {
-            let Some((offer, cancel_reason)) = self.hub.with_task(&task_id, |live| {
-                let attempt = &live.attempt;
-                let offer = TaskOffer {
-                    ids: attempt.ids.clone(),
-                    command: attempt.task.command.clone(),
-                    priority: attempt.task.priority,
-                    timeout_seconds: attempt.task.timeout_seconds,
-                };
-                (offer, attempt.cancel_reason.clone())
+            let Some((ids, cancel_reason)) = self.hub.with_task(&task_id, |live| {
+                (live.attempt.ids.clone(), live.attempt.cancel_reason.clone())
             }) else {
                 continue;
             };
-            let ids = offer.ids.clone();
             if !ids.has_result_channel() {
                 continue;
             }
             let is_new = !self.known.contains(&task_id);
             if is_new && self.deliver && self.waiting.len() < GATEWAY_DELIVERIES_WAITING {
-                self.hub.with_task(&task_id, |live| live.offered = true);
                 self.known.insert(task_id.clone());
                 self.waiting.insert(task_id.clone());
-                self.send(&ServerMessage::Deliver(Box::new(offer))).await?;
+                let offer = self.hub.with_task(&task_id, |live| {
+                    live.offered = true;
+                    ServerMessage::Deliver(Box::new(TaskOffer {
+                        ids: ids.clone(),
+                        command: live.attempt.task.command.clone(),
+                        priority: live.attempt.task.priority,
+                        timeout_seconds: live.attempt.task.timeout_seconds,
+                    }))
+                });
+                if let Some(offer) = offer {
+                    self.send(&offer).await?;
+                }
             }
             if let Some(reason) = cancel_reason
                 && self.cancel_granted

@@ -73,6 +73,11 @@ fn only_fresh_and_timely_signatures_of_the_agent_are_taken() {
             headers[changed].1 = device.signature(-1)[changed].1.clone();
             assert_eq!(poll(&headers).await.status, 401, "{changed}");
         }
+        // The upgrade is signed like every other request.
+        assert_eq!(device.upgrade(good).await.err(), Some(401));
+        assert_eq!(device.upgrade(device.signature(400)).await.err(), Some(401));
+        assert_eq!(device.upgrade(vec![]).await.err(), Some(401));
+        assert!(device.upgrade(device.signature(0)).await.is_ok());
         let mut headers = device.signature(0);
         headers[0].1 = "nobody".into();
         assert_eq!(poll(&headers).await.status, 401);

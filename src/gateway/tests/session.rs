@@ -473,3 +473,64 @@ fn cancelling_reaches_the_device_or_ends_the_attempt_here() {
         gateway.stop().await;
     });
 }
+
+#[test]
+fn what_could_not_be_stored_is_not_acknowledged_and_is_taken_later() {
+    run(async |executor| {
+        let directory = Directory::new();
+        let gateway = Running::plain(&executor, &directory).await;
+        let device = Device::register(&gateway, "f").await;
+        let task = gateway.submit("x").await;
+        let attempt = ids(&task);
+        gateway.stop().await;
+
+        let gateway = Running::plain(&executor, &directory).await;
+        let device = Device {
+            address: gateway.address,
+            ..device
+        };
+        let journal = directory
+            .0
+            .join(format!("output/{}.journal", attempt.key()));
+        let away = directory.0.join("away");
+        std::fs::rename(&journal, &away).unwrap();
+        let (mut wire, _) = device.connect(&hello()).await;
+        wire.receive_delivery().await;
+        wire.output(&attempt, OUT, 1, b"one").await;
+        match wire.socket.next().await {
+            Some(Ok(Message::Close(Some(frame)))) => assert_eq!(u16::from(frame.code), 1013),
+            other => panic!("no close frame: {other:?}"),
+        }
+
+        std::fs::rename(&away, &journal).unwrap();
+        let (mut wire, _) = device.connect(&hello()).await;
+        wire.output(&attempt, OUT, 1, b"one").await;
+        assert_eq!(wire.receive_ack(&chunk_id(OUT, 1)).await, Some(1));
+        let info = gateway.operator().task(&task.task_id).await.unwrap();
+        assert_eq!((info.stdout.highest_sequence, info.stdout.bytes), (1, 3));
+        gateway.stop().await;
+    });
+}
+
+#[test]
+fn the_most_urgent_and_then_the_oldest_task_comes_first() {
+    run(async |executor| {
+        let directory = Directory::new();
+        let gateway = Running::plain(&executor, &directory).await;
+        let device = Device::register(&gateway, "f").await;
+        for (command, priority) in [("a", 0), ("b", 0), ("c", 0), ("d", 5), ("e", 0)] {
+            let submission = crate::gateway::operator_client::Submission {
+                command: command.into(),
+                priority,
+                ..Default::default()
+            };
+            let operator = gateway.operator();
+            operator.submit_detached(&submission).await.unwrap();
+        }
+        let (mut wire, _) = device.connect(&hello()).await;
+        for expected in ["d", "a", "b", "c", "e"] {
+            assert_eq!(wire.receive_delivery().await.command, expected);
+        }
+        gateway.stop().await;
+    });
+}

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use async_tungstenite::WebSocketStream;
-use async_tungstenite::tungstenite::Message;
 use async_tungstenite::tungstenite::client::IntoClientRequest;
+use async_tungstenite::tungstenite::{Error as WsError, Message};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures_lite::{AsyncReadExt, AsyncWriteExt, FutureExt, StreamExt};
@@ -242,17 +242,31 @@ impl Device {
 
     /// A session without its hello.
     pub async fn dial(&self) -> Wire {
+        self.upgrade(self.signature(0)).await.unwrap()
+    }
+
+    /// The status if the upgrade is refused.
+    pub async fn upgrade(&self, headers: Vec<(String, String)>) -> Result<Wire, u16> {
         let url = format!("ws://{}{WEBSOCKET_PATH}", self.address);
         let mut request = url.into_client_request().unwrap();
-        for (name, value) in self.signature(0) {
+        for (name, value) in headers {
             let name = hyper::header::HeaderName::from_bytes(name.as_bytes()).unwrap();
             request.headers_mut().insert(name, value.parse().unwrap());
         }
         let tcp = TcpStream::connect(self.address).await.unwrap();
-        let (socket, _) = async_tungstenite::client_async(request, tcp).await.unwrap();
-        Wire {
-            socket,
-            agent_id: self.id.clone(),
+        match async_tungstenite::client_async(request, tcp).await {
+            Ok((socket, answer)) => {
+                assert!(answer.headers().contains_key("date"), "{answer:?}");
+                Ok(Wire {
+                    socket,
+                    agent_id: self.id.clone(),
+                })
+            }
+            Err(WsError::Http(answer)) => {
+                assert!(answer.headers().contains_key("date"), "{answer:?}");
+                Err(answer.status().as_u16())
+            }
+            Err(error) => panic!("no answer to the upgrade: {error}"),
         }
     }
 }
