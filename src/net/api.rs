@@ -253,3 +253,6 @@ impl Api {
         error
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -288,3 +288,6 @@ fn set_options(stream: &Async<TcpStream>) -> io::Result<()> {
     sockopt::set_tcp_user_timeout(stream, TCP_USER_TIMEOUT.as_millis() as u32)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

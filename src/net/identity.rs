@@ -340,3 +340,6 @@ fn new_uuid() -> Result<String, ErrorStack> {
     ];
     Ok(parts.join("-"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -355,3 +355,6 @@ impl AsyncWrite for ReadSide {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests;
