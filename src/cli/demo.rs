@@ -25,6 +25,8 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
 /// When the connection is cut, after the task has been submitted.
 const CUT_AFTER: Duration = Duration::from_millis(2500);
+/// How long the gateway then refuses another session.
+const CUT_SECONDS: u64 = 1;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 const DEFAULT_COMMAND: &str = "\
@@ -171,7 +173,7 @@ impl Stage {
         };
         let cut = async {
             Timer::after(CUT_AFTER).await;
-            if self.client.disconnect(&agent.id).await? {
+            if self.client.disconnect(&agent.id, CUT_SECONDS).await? {
                 eprintln!("-- connection cut --");
                 self.connected(agent.counters.sessions).await?;
                 eprintln!("-- connected again --");
@@ -224,9 +226,9 @@ impl Stage {
             "-- the task has ended with exit code {exit_code} --\n\
              sent          {printed} bytes in {} chunks, {} sessions\n\
              acknowledged  {} bytes\n\
-             replayed      {} messages that had arrived before the cut came again\n\
+             replayed      {} messages that waited on the device during the cut\n\
              lost          {lost}\n",
-            counted.chunks, counted.sessions, counted.bytes, counted.duplicates
+            counted.chunks, counted.sessions, counted.bytes, counted.replayed
         );
         // A changed repeat would be a fault even if the bytes are right in the end.
         let lost = lost + counted.changed_repeats;

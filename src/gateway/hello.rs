@@ -96,6 +96,8 @@ pub async fn answer(
         settle_the_unmentioned(hub, agent_id, cancel_granted, &mut batch, &mut known);
     }
 
+    let waiting = waiting_messages(hello);
+    hub.count(agent_id, |counters| counters.replayed += waiting);
     let directives = hub.options.directives;
     let ack = HelloAck {
         acked_message_id: message_id.to_owned(),
@@ -113,6 +115,15 @@ pub async fn answer(
         known,
         cancel_granted,
     })
+}
+
+/// How many stored messages the device is going to send again, or for the first time.
+fn waiting_messages(hello: &Hello) -> u64 {
+    let chunks = hello.unacked_output.iter().map(|range| {
+        let count = range.last_sequence.saturating_sub(range.first_sequence);
+        count.saturating_add(1)
+    });
+    chunks.fold(hello.unacked_finals.len() as u64, u64::saturating_add)
 }
 
 /// Every attempt that the hello names, once each; at most a few more than an agent can have.

@@ -9,6 +9,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::rc::{Rc, Weak};
+use std::time::{Duration, Instant};
 
 use async_channel::{Receiver, Sender};
 use openssl::pkey::{PKey, Public};
@@ -47,6 +48,8 @@ pub struct Agent {
     pub counters: Counters,
     /// Tasks that have not ended.
     open: BTreeSet<String>,
+    /// An operator has cut the connection: no session until then.
+    away_until: Option<Instant>,
 }
 
 /// An attempt in memory.
@@ -279,15 +282,27 @@ impl Hub {
         });
     }
 
-    /// Cuts the TCP connection of the agent's session. `None` if there is no such agent.
-    pub fn disconnect(&self, agent_id: &str) -> Option<bool> {
-        self.with_agent(agent_id, |agent| match agent.session.take() {
-            Some(session) => {
-                cut(&session.tcp);
-                true
+    /// Cuts the TCP connection of the agent's session and refuses another one for a while. `None`
+    /// if there is no such agent.
+    pub fn disconnect(&self, agent_id: &str, away: Duration) -> Option<bool> {
+        self.with_agent(agent_id, |agent| {
+            agent.away_until = Instant::now().checked_add(away);
+            match agent.session.take() {
+                Some(session) => {
+                    cut(&session.tcp);
+                    true
+                }
+                None => false,
             }
-            None => false,
         })
+    }
+
+    /// Whether an operator keeps this agent from having a session.
+    pub fn is_kept_away(&self, agent_id: &str) -> bool {
+        self.with_agent(agent_id, |agent| {
+            agent.away_until.is_some_and(|until| Instant::now() < until)
+        })
+        .unwrap_or(false)
     }
 
     // ---- attempts -------------------------------------------------------------------------
@@ -471,6 +486,7 @@ impl State {
                     last_seen: None,
                     counters: Counters::default(),
                     open: BTreeSet::new(),
+                    away_until: None,
                     record,
                 };
                 self.agents.insert(agent.record.id.clone(), agent);

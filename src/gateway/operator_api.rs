@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | `GET health` | `{"status":"ok"}` |
 //! | `GET agents` | `[AgentInfo]` |
-//! | `POST agents/{id}/disconnect` | `{"disconnected":bool}`; cuts the TCP connection |
+//! | `POST agents/{id}/disconnect` | `{"disconnected":bool}`; cuts the TCP connection, and refuses
+//! | | another one for `?seconds=` |
 //! | `POST tasks` with `Submission` | `Submitted` |
 //! | `GET tasks/{id}` | `TaskInfo` |
 //! | `GET tasks/{id}/stream?offset=n` | lines of `StreamEvent`, from the beginning or from `n` |
@@ -12,6 +13,7 @@
 
 use std::net::IpAddr;
 use std::rc::Rc;
+use std::time::Duration;
 
 use hyper::body::Incoming;
 use hyper::{Method, Request};
@@ -61,7 +63,7 @@ pub async fn handle(
     match (method.as_str(), segments.as_slice()) {
         ("GET", ["health"]) => Ok(body::json(&json!({"status": "ok"}))),
         ("GET", ["agents"]) => Ok(body::json(&hub.agents())),
-        ("POST", ["agents", id, "disconnect"]) => match hub.disconnect(id) {
+        ("POST", ["agents", id, "disconnect"]) => match hub.disconnect(id, away(&query)?) {
             Some(disconnected) => Ok(body::json(&json!({"disconnected": disconnected}))),
             None => Err((404, format!("there is no agent {id:.60?}"))),
         },
@@ -99,6 +101,17 @@ async fn load(hub: &Hub, task_id: &str) -> Result<(), Refusal> {
         Ok(true) => Ok(()),
         Ok(false) => Err(no_task(task_id)),
         Err(error) => Err((503, error)),
+    }
+}
+
+/// `seconds=` of a disconnect, an hour at most; 0 if it is not there.
+fn away(query: &str) -> Result<Duration, Refusal> {
+    match query.strip_prefix("seconds=") {
+        None => Ok(Duration::ZERO),
+        Some(seconds) => match seconds.parse::<u64>() {
+            Ok(seconds) => Ok(Duration::from_secs(seconds.min(3600))),
+            Err(_) => Err((400, "seconds is no number".to_owned())),
+        },
     }
 }
 

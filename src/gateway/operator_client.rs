@@ -175,9 +175,10 @@ impl OperatorClient {
         self.ask(Method::GET, "agents", None).await
     }
 
-    /// Cuts the TCP connection of the agent's session. `true` if there was one.
-    pub async fn disconnect(&self, agent_id: &str) -> Result<bool, String> {
-        let path = format!("agents/{agent_id}/disconnect");
+    /// Cuts the TCP connection of the agent's session and refuses another one for so many seconds.
+    /// `true` if there was one.
+    pub async fn disconnect(&self, agent_id: &str, seconds: u64) -> Result<bool, String> {
+        let path = format!("agents/{agent_id}/disconnect?seconds={seconds}");
         let answer: serde_json::Value = self.ask(Method::POST, &path, Some(Vec::new())).await?;
         Ok(answer["disconnected"] == true)
     }

@@ -35,6 +35,8 @@ pub struct Counters {
     /// Chunks accepted and made durable, and the bytes in them.
     pub chunks: u64,
     pub bytes: u64,
+    /// Chunks and finals that waited on the device when a session began, as its hellos told.
+    pub replayed: u64,
     /// Chunks and finals that came again and were acknowledged again.
     pub duplicates: u64,
     /// Repeats that differed from what was accepted first: a broken agent.

@@ -197,6 +197,9 @@ fn upgrade(
         return Err((404, "this control plane has no WebSocket".into()));
     }
     let agent_id = agents_api::authenticate(&hub, request.headers())?;
+    if hub.is_kept_away(&agent_id) {
+        return Err((503, "an operator has cut the connection for a while".into()));
+    }
     let headers = request.headers();
     if request.method() != Method::GET
         || !has_token(headers, CONNECTION, "upgrade")

@@ -120,13 +120,13 @@ fn disconnect_cuts_the_connection_without_a_close_frame() {
         let gateway = Running::plain(&executor, &directory).await;
         let device = Device::register(&gateway, "f").await;
         let operator = gateway.operator();
-        assert_eq!(operator.disconnect(&device.id).await, Ok(false));
-        assert!(operator.disconnect("nobody").await.is_err());
+        assert_eq!(operator.disconnect(&device.id, 0).await, Ok(false));
+        assert!(operator.disconnect("nobody", 0).await.is_err());
         let (mut wire, _) = device.connect(&hello()).await;
         let agents = operator.agents().await.unwrap();
         assert!(agents[0].connected_since.is_some());
         assert_eq!(agents[0].hostname, "test-host");
-        assert_eq!(operator.disconnect(&device.id).await, Ok(true));
+        assert_eq!(operator.disconnect(&device.id, 0).await, Ok(true));
         assert!(!matches!(wire.socket.next().await, Some(Ok(_))));
         let agents = operator.agents().await.unwrap();
         assert_eq!(agents[0].connected_since, None);
