@@ -506,6 +506,8 @@ fn what_could_not_be_stored_is_not_acknowledged_and_is_taken_later() {
         let (mut wire, _) = device.connect(&hello()).await;
         wire.output(&attempt, OUT, 1, b"one").await;
         assert_eq!(wire.receive_ack(&chunk_id(OUT, 1)).await, Some(1));
+        gateway.stop().await;
+        let gateway = Running::plain(&executor, &directory).await;
         let info = gateway.operator().task(&task.task_id).await.unwrap();
         assert_eq!((info.stdout.highest_sequence, info.stdout.bytes), (1, 3));
         gateway.stop().await;
