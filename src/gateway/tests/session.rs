@@ -466,8 +466,22 @@ fn cancelling_reaches_the_device_or_ends_the_attempt_here() {
             received_at: String::new(),
         }];
         operator.cancel(&task.task_id, None).await.unwrap();
-        let (_wire, ack) = device.connect(&old).await;
+        let (mut wire, ack) = device.connect(&old).await;
         assert_eq!(ack.discarded_attempts.unwrap().len(), 1);
+        let info = operator.task(&task.task_id).await.unwrap();
+        assert_eq!(info.status, "interrupted");
+
+        // The delivery was lost on its way: the next hello shows it, and the attempt is over.
+        let task = gateway.submit("lost").await;
+        assert_eq!(wire.receive_delivery().await.command, "lost");
+        operator.cancel(&task.task_id, None).await.unwrap();
+        let info = operator.task(&task.task_id).await.unwrap();
+        assert_eq!(
+            (info.status.as_str(), info.cancel_requested),
+            ("pending", true)
+        );
+        old.received_not_started.clear();
+        let _session = device.connect(&old).await;
         let info = operator.task(&task.task_id).await.unwrap();
         assert_eq!(info.status, "interrupted");
         gateway.stop().await;
