@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use futures_lite::future;
 use openssl::asn1::Asn1Time;
+use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::ssl::{SslAcceptor, SslMethod, SslVerifyMode};
@@ -229,7 +231,7 @@ pub fn serve_tls(certificate: &Certified, client_ca: Option<&X509>) -> u16 {
     })
 }
 
-fn acceptor(certificate: &Certified, client_ca: Option<&X509>) -> SslAcceptor {
+pub fn acceptor(certificate: &Certified, client_ca: Option<&X509>) -> SslAcceptor {
     let mut acceptor =
         SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server()).expect("acceptor");
     acceptor.set_private_key(&certificate.key).expect("key");
@@ -302,8 +304,9 @@ fn certified(
     days: (i64, i64),
 ) -> Certified {
     static SERIAL: AtomicU32 = AtomicU32::new(1);
-    let rsa = Rsa::generate(2048).expect("key");
-    let key = PKey::from_rsa(rsa).expect("key");
+    let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).expect("curve");
+    let key = EcKey::generate(&group).expect("key");
+    let key = PKey::from_ec_key(key).expect("key");
     let mut subject = X509Name::builder().expect("name");
     subject
         .append_entry_by_text("CN", common_name)

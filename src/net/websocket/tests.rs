@@ -233,7 +233,8 @@ fn bad_frames_end_the_session_with_the_reason() {
     check(b"\x83\x00", "invalid opcode: 3");
     check(b"\x8b\x00", "invalid opcode: 11");
     check(b"\x09\x00", "ragmented control");
-    check(b"\x89\x7e\x00\x80", "ontrol frame");
+    let long_ping = [b"\x89\x7e\x00\x80".as_slice(), &[0; 128]].concat();
+    check(&long_ping, "ontrol frame");
     check(b"\x80\x00", "ontinue frame");
     check(b"\x01\x01a\x81\x01b", "fragment");
     check(b"\x88\x01x", "lose");
@@ -534,6 +535,57 @@ fn a_server_that_has_gone_ends_the_write_loop() {
             reason.contains("writing to the connection failed"),
             "{reason}"
         );
+    });
+}
+
+#[test]
+fn tls_carries_both_directions_at_once() {
+    const MESSAGES: usize = 64;
+    let directory = testing::TempDir::new();
+    let ca = testing::authority("CA");
+    let acceptor = testing::acceptor(&testing::leaf("127.0.0.1", &ca, (-1, 1)), None);
+    let port = serve(move |number, stream| {
+        let stream = acceptor.accept(stream).expect("TLS");
+        let mut reader = BufReader::with_capacity(1, stream);
+        let request = read_request(number, &mut reader).expect("request");
+        let mut stream = reader.into_inner();
+        stream
+            .write_all(accepted(&request).as_bytes())
+            .expect("upgraded");
+        let mut peer =
+            WebSocket::from_raw_socket(stream, tungstenite::protocol::Role::Server, None);
+        while let Ok(message @ Message::Text(_)) = peer.read() {
+            peer.send(message).expect("echoed");
+        }
+    });
+    let base = format!("https://127.0.0.1:{port}");
+    let mut settings = testing::settings(&base);
+    settings.ca_file = Some(directory.file("ca.pem", &ca.pem()));
+    let url = settings.websocket.clone();
+    let text = |number: usize| format!("{number:0>50000}").repeat(4);
+    run(async {
+        let signer = testing::signer("agent-1", &base);
+        let dialer = Dialer::new(settings);
+        let (writer, mut reader) = connect_websocket(&dialer, &url, &signer)
+            .await
+            .expect("connected");
+        let (control, data, writing) = writing(writer);
+        let send = async {
+            for number in 0..MESSAGES {
+                data.send(text(number).into_bytes()).await.expect("open");
+            }
+        };
+        let receive = async {
+            for number in 0..MESSAGES {
+                match reader.next().await {
+                    Ok(Incoming::Text(got)) => assert!(got.as_str() == text(number), "{number}"),
+                    other => panic!("{number}: {other:?}"),
+                }
+            }
+            control.send(Control::Close).await.expect("open");
+        };
+        let (reason, _) = future::zip(writing, future::zip(send, receive)).await;
+        assert_eq!(reason, "a close was sent");
     });
 }
 
