@@ -191,7 +191,7 @@ mod tests {
             at: Duration::from_secs(50),
         };
         assert_eq!(learnt.after(Duration::from_secs(50)), 1000);
-        assert_eq!(learnt.after(Duration::from_millis(7250_999)), 8200);
+        assert_eq!(learnt.after(Duration::from_millis(7_250_999)), 8200);
         assert_eq!(learnt.after(Duration::ZERO), 1000);
     }
 
