@@ -1,1 +1,77 @@
-//! (to come)
+//! Wires the layers together: events in, effects out. The only place that knows all of them.
+//!
+//! - [`startup`]: from settings to a running agent, and its exit codes.
+//! - [`driver`]: the one loop that owns the session.
+//! - [`effects`]: what the session wants done, as tasks on the executor.
+//! - [`connection`]: one WebSocket connection and its frames.
+//! - [`task`]: one attempt from "about to start" to its stored final.
+//! - [`report`]: finals over HTTP.
+//! - [`frames`]: what is stored, as the wire wants it.
+//! - [`status`], [`lock`]: what an operator asks, and one agent per state directory.
+//!
+//! One thread runs everything asynchronous. Tasks talk to the driver through one bounded channel
+//! of [`driver::Input`]s; nothing else is shared but the store's handle and a few cells.
+
+mod connection;
+mod driver;
+mod effects;
+mod frames;
+pub mod lock;
+mod report;
+mod startup;
+pub mod status;
+mod task;
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use smol::LocalExecutor;
+
+use self::driver::Input;
+use crate::config::Config;
+use crate::{net, outbox};
+
+pub use self::startup::run;
+
+/// What tasks on the executor need.
+struct Context {
+    config: Config,
+    agent_id: String,
+    executor: Rc<LocalExecutor<'static>>,
+    outbox: outbox::Handle,
+    dialer: Rc<net::Dialer>,
+    websocket: net::Url,
+    api: net::Api,
+    signer: Rc<net::Signer>,
+    inputs: async_channel::Sender<Input>,
+    /// A session is active: somebody watches.
+    watched: Rc<Cell<bool>>,
+}
+
+impl Context {
+    /// Runs a task that answers with inputs.
+    fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        self.executor.spawn(future).detach();
+    }
+
+    /// Hands an input to the driver; waits while it has many to do.
+    async fn tell(&self, input: Input) {
+        // The driver ends last, with the process.
+        let _ = self.inputs.send(input).await;
+    }
+
+    /// Whether output can travel at all.
+    fn results_over_websocket(&self) -> bool {
+        self.config.ws_enabled && self.config.ws_results_enabled
+    }
+}
+
+/// Time since boot, suspend included: timers must not stand still while the device sleeps.
+fn boot_time() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let nanos = u32::try_from(now.tv_nsec).unwrap_or(0);
+    Duration::new(seconds, nanos)
+}

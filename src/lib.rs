@@ -27,4 +27,5 @@ pub mod logger;
 pub mod net;
 pub mod outbox;
 pub mod session;
+pub mod threads;
 pub mod wire;

@@ -43,7 +43,16 @@ pub const STORE_RETRY_DELAY: Duration = Duration::from_millis(200);
 pub const STORE_GIVE_UP: Duration = Duration::from_secs(60);
 
 /// A shell has exited but a child of it still holds the pipe: what comes later is let go.
-pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(2);
+pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(1);
+
+/// What is still read from a pipe that is let go: as much as the largest pipe holds.
+pub const LEFTOVER_PIPE_BYTES: usize = MIB;
+
+/// Where the kernel has no pidfd, a process is looked at this often.
+pub const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// One argument of a new process (`MAX_ARG_STRLEN` of Linux), its terminating NUL included.
+pub const ARGUMENT_BYTES_MAX: usize = 128 * KIB;
 
 /// A command. A longer one ends `failed` with the reason.
 pub const COMMAND_BYTES_MAX: usize = MIB;
@@ -79,6 +88,17 @@ pub const STREAM_STALL: Duration = Duration::from_secs(1);
 /// (PROTOCOL.md 3, Errors).
 pub const STREAM_FAILURES_MAX: u32 = 3;
 
+/// After a resend for a gap error, the next report of the same gap counts this much later: until
+/// then reports may still be about what was sent before.
+pub const GAP_ROUND: Duration = Duration::from_secs(1);
+
+/// Streams and finals that the session follows at once: those in flight, and as many again that
+/// are being sent again or passed over.
+pub const LANES_MAX: usize = 2 * WINDOW_MESSAGES;
+
+/// Batches handed to the write loop and not yet written.
+pub const BATCHES_IN_WRITER: usize = 2;
+
 /// Streams whose failures are remembered between sessions.
 pub const STREAM_FAILURES_REMEMBERED: usize = 64;
 
@@ -95,6 +115,8 @@ pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 pub const BACKOFF_RESET: Duration = Duration::from_secs(30);
 /// Below this no reconnect delay falls, whatever the jitter.
 pub const RECONNECT_FLOOR: Duration = Duration::from_millis(100);
+/// The longest wait between two attempts to register.
+pub const REGISTRATION_RETRY_MAX: Duration = Duration::from_secs(300);
 /// A `Retry-After` beyond this is cut: the device must not be sent away for days.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
@@ -109,8 +131,9 @@ pub const INBOUND_MESSAGE_BYTES_MAX: usize = MIB;
 pub const RESPONSE_BODY_BYTES_MAX: usize = 4 * MIB;
 /// The head of an HTTP response.
 pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
-/// Frames waiting in the control lane of the write loop.
-pub const CONTROL_LANE_FRAMES: usize = 16;
+/// Small frames waiting in the control lane of the write loop: a receipt for every task that may
+/// be queued, and some more. A server that lets them pile up is disconnected.
+pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;
 /// Encoded frames waiting in the data lane of the write loop.
 pub const DATA_LANE_FRAMES: usize = 4;
 /// The WebSocket library's write buffer is flushed at this size …
@@ -123,11 +146,39 @@ pub const WRITE_BUFFER_BYTES_MAX: usize =
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 /// One HTTP request from its first byte to the last byte of its answer.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+/// An HTTP connection that was not used for this long is closed.
+pub const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Addresses of one name that are tried, and the head start of each before the next one is tried
+/// beside it (RFC 8305 section 8).
+pub const CONNECT_ADDRESSES_MAX: usize = 8;
+pub const CONNECT_STAGGER: Duration = Duration::from_millis(250);
+/// Data that the peer's kernel does not acknowledge, or does not make room for: longer than
+/// [`WRITE_TIMEOUT`], whose error says more.
+pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(60);
+/// TCP keep-alive of a connection on which nothing is sent.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+pub const KEEPALIVE_PROBES: u32 = 3;
+/// Header lines of an HTTP response.
+pub const RESPONSE_HEADERS_MAX: usize = 100;
+/// What is read from a WebSocket at once; messages larger than this are read in several steps.
+pub const READ_BUFFER_BYTES: usize = 8 * KIB;
+/// What is read from a WebSocket in one turn of the event loop, so that a server that sends
+/// without pause does not keep all else waiting …
+pub const READ_TURN_BYTES: usize = 256 * KIB;
+/// … and the messages of one turn, for the same reason.
+pub const READ_TURN_MESSAGES: u32 = 64;
+/// A file of the agent's identity, and the size at which a damaged one is not even read.
+pub const STATE_FILE_BYTES_MAX: usize = 64 * KIB;
 
 // ---- outbox -----------------------------------------------------------------------------------
 
-/// A log segment; smaller where the cap asks for it.
-pub const SEGMENT_BYTES: usize = 256 * KIB;
+/// A log segment; smaller where the cap asks for it. Four full batches of chunks with their heads:
+/// a segment of 256 KiB would hold one and waste the rest.
+pub const SEGMENT_BYTES: usize = 520 * KIB;
+/// A store has no more segments than this: beyond it they become longer, since memory holds a
+/// summary of each.
+pub const SEGMENTS_MAX: u64 = 4096;
 /// The cap is never divided into fewer segments than this.
 pub const SEGMENTS_MIN: u64 = 8;
 /// A commit begins on this border, so that a torn sector never holds bytes confirmed earlier.
@@ -148,8 +199,65 @@ pub const STORAGE_QUEUE: usize = 64;
 /// The index may take this long, and this much memory, to open after an unclean stop.
 pub const INDEX_CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 pub const INDEX_CHECK_MEMORY_BYTES: u64 = 64 * MIB as u64;
+/// A file system that stays full for this long is not waited for any more: the oldest output is
+/// dropped, as it is when the cap is reached.
+pub const DISK_FULL_PATIENCE: Duration = Duration::from_secs(10);
 /// Between attempts to leave the in-memory store for the disk again.
 pub const STORE_REOPEN_INTERVAL: Duration = Duration::from_secs(30);
+
+// ---- reference gateway ------------------------------------------------------------------------
+
+/// A frame and a message that an agent sends: a final with two full texts, escaped, fits.
+pub const GATEWAY_MESSAGE_BYTES_MAX: usize = 16 * MIB;
+/// Body of a report or a submission; both may carry escaped text.
+pub const GATEWAY_BODY_BYTES_MAX: usize = 16 * MIB;
+/// Bodies that are read at once; a further one waits for its turn.
+pub const GATEWAY_BODIES_AT_ONCE: usize = 16;
+/// Head of a request.
+pub const GATEWAY_HEAD_BYTES_MAX: usize = 16 * KIB;
+/// A request from its first byte to the end of its body.
+pub const GATEWAY_REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// Connections of agents and operators together. A further one is closed.
+pub const GATEWAY_CONNECTIONS_MAX: usize = 1024;
+pub const GATEWAY_AGENTS_MAX: usize = 16 * KIB;
+/// Tasks of one agent that have not ended. A further submission is refused.
+pub const GATEWAY_OPEN_TASKS_MAX: usize = 1024;
+/// Commands of all tasks that have not ended; they stay in memory.
+pub const GATEWAY_OPEN_COMMAND_BYTES_MAX: usize = 64 * MIB;
+/// Attempts that have ended and stay in memory, because their agents may still repeat messages.
+pub const GATEWAY_ENDED_ATTEMPTS_MAX: usize = 64;
+/// Journals that the storage thread keeps open.
+pub const GATEWAY_OPEN_JOURNALS_MAX: usize = 128;
+/// Records of one session that wait for their commit; beyond it the socket is not read.
+pub const GATEWAY_BATCH_BYTES: usize = MIB;
+/// The same, in messages.
+pub const GATEWAY_BATCH_MESSAGES: usize = 256;
+/// Commands that wait for the storage thread, and that one commit takes together.
+pub const GATEWAY_STORAGE_QUEUE: usize = 64;
+/// Chunks of a stream whose checksum is remembered to tell a changed repeat. Two windows.
+pub const GATEWAY_RECENT_CHUNKS: usize = 2 * WINDOW_MESSAGES;
+/// Deliveries that wait for their `task.received`; the next ones follow the answers.
+pub const GATEWAY_DELIVERIES_WAITING: usize = 32;
+/// Tasks, and bytes of their commands, in one answer to a poll or heartbeat. Escaped they still
+/// fit what an agent reads.
+pub const GATEWAY_POLL_TASKS: usize = 64;
+pub const GATEWAY_POLL_BYTES: usize = MIB / 2;
+/// Nonces of one agent that are remembered; further requests wait for the first to expire.
+pub const GATEWAY_NONCES_MAX: usize = 4096;
+/// Distance of a request's timestamp from the gateway's clock (PROTOCOL.md 1).
+pub const GATEWAY_CLOCK_WINDOW: Duration = Duration::from_secs(300);
+/// The gateway pings this often …
+pub const GATEWAY_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// … and ends a session from which nothing came for this long.
+pub const GATEWAY_IDLE_TIMEOUT: Duration = Duration::from_secs(95);
+/// Bytes of a journal that an operator stream reads at once.
+pub const GATEWAY_STREAM_READ_BYTES: usize = 64 * KIB;
+/// A line is sent this often on a quiet operator stream, so that both ends notice a dead one.
+pub const GATEWAY_STREAM_KEEPALIVE: Duration = Duration::from_secs(15);
+/// A line of an operator stream: a final with its two texts, escaped.
+pub const GATEWAY_STREAM_LINE_BYTES_MAX: usize = 16 * MIB;
+/// Sessions get this long to be closed when the gateway stops.
+pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 
 // ---- the sum ----------------------------------------------------------------------------------
 //
@@ -179,4 +287,7 @@ const _: () = {
     assert!(INBOUND_MESSAGE_BYTES_MAX <= RESPONSE_BODY_BYTES_MAX);
     assert!(HELLO_BYTES_MAX < WRITE_BUFFER_BYTES_MAX);
     assert!(ID_BYTES_MAX <= u8::MAX as usize);
+    assert!(WRITE_BUFFER_BYTES_MAX <= GATEWAY_MESSAGE_BYTES_MAX);
+    assert!(GATEWAY_RECENT_CHUNKS >= WINDOW_MESSAGES);
+    assert!(6 * GATEWAY_POLL_BYTES <= RESPONSE_BODY_BYTES_MAX);
 };

@@ -1,1 +1,244 @@
-//! (to come)
+//! Runs one task: a process group of its own, its output captured into fixed buffers, its end
+//! certain.
+//!
+//! - [`script`]: how the command becomes a process.
+//! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
+//! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
+//! - [`process`]: signals, exit and reaping.
+//!
+//! Invariants: the shell is reaped last, so that its process group id stays its own as long as
+//! signals may be sent; sequences count from 1 without holes; no chunk is dropped while the store
+//! can come back.
+
+pub mod capture;
+pub mod flush;
+mod process;
+mod script;
+pub mod tail;
+#[cfg(test)]
+mod tests;
+pub mod utf8;
+
+use std::cell::Cell;
+use std::future::Future;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use async_channel::{Receiver, Sender};
+use futures_lite::future;
+use smol::Timer;
+
+use self::capture::{Capture, Captured};
+use self::process::Group;
+pub use self::tail::Tail;
+use crate::ids::{FinalStatus, Ids, Stream};
+use crate::limits::{ChunkBatch, LEFTOVER_PIPE_WAIT};
+
+/// One attempt, ready to run.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    pub ids: Ids,
+    /// Script text: run by its `#!` interpreter, or by `/bin/sh`.
+    pub command: Vec<u8>,
+    pub timeout: Option<Duration>,
+    /// From TERM to KILL.
+    pub kill_grace: Duration,
+    pub flush: Flush,
+    /// What a final may carry of each stream.
+    pub tail_bytes: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub struct Flush {
+    /// At most one flush in this time, after the first bytes.
+    pub interval: Duration,
+    /// Or as soon as so much is there; 1 to [`crate::limits::CHUNK_BYTES_MAX`].
+    pub threshold: usize,
+}
+
+/// Where captured chunks go.
+pub trait OutputStore {
+    /// One durable append of consecutive chunks of one stream. The buffers come back for reuse:
+    /// as `Ok` when stored, as `Err` unchanged when not; then the same chunks are tried again.
+    fn append(
+        &self,
+        stream: Stream,
+        first_sequence: u64,
+        batch: ChunkBatch,
+    ) -> impl Future<Output = Result<ChunkBatch, ChunkBatch>>;
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stop {
+    pub reason: String,
+}
+
+/// How a running task is steered.
+pub struct Controls {
+    /// The first stop ends the task: TERM, grace, KILL.
+    pub stop: Receiver<Stop>,
+    /// Somebody watches: flush at the interval of the settings, not at the offline one.
+    pub watched: Rc<Cell<bool>>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Cause {
+    Exited(i32),
+    Signalled(i32),
+    TimedOut(Duration),
+    Stopped(Stop),
+    /// No process ran; says why.
+    NotStarted(String),
+}
+
+/// How a task ended.
+#[derive(Debug)]
+pub struct Ended {
+    pub cause: Cause,
+    pub stdout: Tail,
+    pub stderr: Tail,
+    /// Chunks stored of each stream, indexed by [`Stream::index`].
+    pub last_sequence: [u64; 2],
+    /// Chunks that the store did not take in [`crate::limits::STORE_GIVE_UP`] after the end.
+    pub chunks_given_up: u64,
+    pub wall: Duration,
+}
+
+impl Ended {
+    /// Status and exit code of the final (PROTOCOL.md 3, `task.final`).
+    pub fn status(&self) -> (FinalStatus, i32) {
+        match &self.cause {
+            Cause::Exited(0) => (FinalStatus::Completed, 0),
+            Cause::Exited(code) => (FinalStatus::Failed, *code),
+            Cause::Signalled(_) | Cause::TimedOut(_) | Cause::NotStarted(_) => {
+                (FinalStatus::Failed, -1)
+            }
+            Cause::Stopped(_) => (FinalStatus::Interrupted, -1),
+        }
+    }
+
+    /// Why it failed, `None` if it did not (PROTOCOL.md 4.9).
+    pub fn reason(&self) -> Option<String> {
+        match &self.cause {
+            Cause::Exited(0) => None,
+            Cause::Exited(code) => Some(format!("exit status {code}")),
+            Cause::Signalled(signal) => Some(format!("killed by signal {signal}")),
+            Cause::TimedOut(after) => Some(format!("timed out after {} s", after.as_secs_f64())),
+            Cause::Stopped(stop) => Some(stop.reason.clone()),
+            Cause::NotStarted(why) => Some(why.clone()),
+        }
+    }
+}
+
+/// Runs a task to its end. `on_started` gets the process id.
+///
+/// Dropping the future kills the process group.
+pub async fn run(
+    spec: Spec,
+    store: &impl OutputStore,
+    controls: Controls,
+    on_started: impl FnOnce(u32),
+) -> Ended {
+    let begun = Instant::now();
+    let (mut group, stdout, stderr) = match script::spawn(&spec) {
+        Ok(started) => started,
+        Err(why) => return not_started(why, begun),
+    };
+    on_started(group.id());
+
+    let ended_at = Cell::new(None);
+    let (reading, all_read) = async_channel::bounded(1);
+    let (holding, let_go) = async_channel::bounded(1);
+    let capture = |stream, reading: Sender<()>| Capture {
+        stream,
+        flush: spec.flush,
+        tail_bytes: spec.tail_bytes,
+        watched: controls.watched.clone(),
+        ended_at: &ended_at,
+        let_go: let_go.clone(),
+        reading,
+    };
+    let out = capture(Stream::Stdout, reading.clone());
+    let err = capture(Stream::Stderr, reading);
+    let ending = async {
+        let cause = end(&spec, &mut group, &controls.stop).await;
+        let read_by_itself = async {
+            // Closed when both streams have reached their end.
+            let _ = all_read.recv().await;
+        };
+        future::or(read_by_itself, async {
+            Timer::after(LEFTOVER_PIPE_WAIT).await;
+        })
+        .await;
+        group.kill();
+        ended_at.set(Some(Instant::now()));
+        drop(holding);
+        cause
+    };
+    let (cause, (stdout, stderr)) = future::zip(
+        ending,
+        future::zip(out.run(stdout, store), err.run(stderr, store)),
+    )
+    .await;
+    let cause = cause.unwrap_or_else(|| group.reap());
+    finish(cause, stdout, stderr, begun)
+}
+
+/// Waits for the end of the shell, or brings it about. `None`: it ended by itself.
+async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Cause> {
+    let timeout = async {
+        match spec.timeout {
+            Some(after) => {
+                Timer::after(after).await;
+                Cause::TimedOut(after)
+            }
+            None => future::pending().await,
+        }
+    };
+    let stopped = async {
+        match stop.recv().await {
+            Ok(stop) => Cause::Stopped(stop),
+            Err(_) => future::pending().await,
+        }
+    };
+    let exited = async {
+        group.exited().await;
+        None
+    };
+    let forced = async { Some(future::or(stopped, timeout).await) };
+    let cause = future::or(exited, forced).await?;
+    group.terminate();
+    let grace = async {
+        Timer::after(spec.kill_grace).await;
+        false
+    };
+    let obeyed = async {
+        group.exited().await;
+        true
+    };
+    if !future::or(obeyed, grace).await {
+        group.kill();
+        group.exited().await;
+    }
+    Some(cause)
+}
+
+fn not_started(why: String, begun: Instant) -> Ended {
+    finish(
+        Cause::NotStarted(why),
+        Captured::default(),
+        Captured::default(),
+        begun,
+    )
+}
+
+fn finish(cause: Cause, stdout: Captured, stderr: Captured, begun: Instant) -> Ended {
+    Ended {
+        cause,
+        last_sequence: [stdout.last_sequence, stderr.last_sequence],
+        chunks_given_up: stdout.chunks_given_up + stderr.chunks_given_up,
+        stdout: stdout.tail,
+        stderr: stderr.tail,
+        wall: begun.elapsed(),
+    }
+}

@@ -1,1 +1,574 @@
-//! (to come)
+//! The protocol as a state machine without I/O.
+//!
+//! One mutation in (a method of [`Session`] with `now`), then drain [`Session::next_effect`], then
+//! wait until [`Session::next_deadline`] or for the next thing that happens. There is no clock, no
+//! socket, no disk and no randomness in here, so that every order of events can be tested.
+//!
+//! - [`delivery`]: the cursor, the window, acknowledgements, gaps and repeats.
+//! - [`reports`] and [`polling`]: what goes by HTTP when the WebSocket cannot.
+//! - [`tasks`]: what waits and what runs.
+//! - [`hello`], [`backoff`], [`failures`], [`window`]: their parts.
+//! - [`connection`]: one connection from its dial to its end.
+//! - [`incoming`]: what the server says.
+
+pub mod backoff;
+mod connection;
+pub mod delivery;
+pub mod failures;
+pub mod hello;
+mod incoming;
+pub mod polling;
+pub mod reports;
+pub mod tasks;
+#[cfg(test)]
+mod tests;
+pub mod window;
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::{info, warn};
+
+use self::backoff::{Backoff, Random};
+use self::connection::Link;
+use self::delivery::{Action, Admission, Candidate, Delivery, ReadOrder};
+use self::failures::Failures;
+use self::polling::{Gate, Repeating};
+use self::reports::{Channel, ReportResult, Reports, WaitingFinal};
+use self::tasks::{QueuedTask, Tasks};
+use crate::ids::{AttemptKey, Ids, Stream};
+use crate::limits::WINDOW_MESSAGES;
+use crate::wire::{Hello, Piece, TaskOffer};
+
+pub use self::connection::LinkState;
+
+/// Time since the agent started, on a monotonic clock that counts suspend.
+pub type Now = Duration;
+
+/// Extensions that the agent offers (PROTOCOL.md 5).
+pub const EXTENSIONS: [&str; 3] = ["binary_output", "cancel", "lease"];
+
+/// What the session needs to know of the settings.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    pub agent_id: String,
+    /// `HOSTLINK_WS_ENABLED`: without it everything goes by HTTP.
+    pub websocket: bool,
+    pub results: bool,
+    pub delivery: bool,
+    pub reconnect_min: Duration,
+    pub reconnect_max: Duration,
+    pub ping_interval: Duration,
+    pub fallback_threshold: Duration,
+    pub poll_interval: Duration,
+    /// Zero: no heartbeats.
+    pub heartbeat_interval: Duration,
+    pub concurrency: usize,
+}
+
+/// An acknowledgement for the outbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ack {
+    /// This chunk, and all before it if `cumulative`.
+    Output {
+        key: AttemptKey,
+        stream: Stream,
+        sequence: u64,
+        cumulative: bool,
+    },
+    Final {
+        key: AttemptKey,
+    },
+}
+
+pub type Acks = heapless::Vec<Ack, WINDOW_MESSAGES>;
+
+/// How the outbox answered a receipt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recorded {
+    New,
+    /// Waits for its start.
+    Received,
+    Started,
+    /// Ended; its final is still unacknowledged if `held`.
+    Finished {
+        held: bool,
+    },
+    Discarded,
+    /// Nothing was recorded.
+    NoRoom,
+}
+
+/// What the session wants done. Each is to be carried out in order.
+#[derive(Debug)]
+pub enum Effect<C> {
+    /// Open a WebSocket; answer with [`Session::connected`] or [`Session::dial_failed`].
+    Dial,
+    /// End the connection, or the dialling. Nothing of it may reach the session afterwards.
+    Close,
+    Ping,
+    /// Read a snapshot of the store; answer with [`Session::hello_ready`].
+    PrepareHello,
+    SendHello {
+        hello: Box<Hello>,
+        message_id: String,
+    },
+    SendReceived(Arc<Ids>),
+    SendStarted(Arc<Ids>),
+    /// Answer a repeated delivery of an attempt that ended, under the final's own id.
+    SendFinalAgain(Arc<Ids>),
+    SendLease(Arc<Ids>, String),
+    /// Read the outbox; answer with [`Session::batch_read`].
+    Read(ReadOrder<C>),
+    /// Find a chunk; answer with [`Session::located`].
+    Locate {
+        key: AttemptKey,
+        stream: Stream,
+        from: u64,
+    },
+    Acknowledge(Box<Acks>),
+    /// The server will never take this message.
+    Reject {
+        key: AttemptKey,
+        piece: Piece,
+    },
+    /// The server will never take this stream.
+    GiveUpStream {
+        key: AttemptKey,
+        stream: Stream,
+    },
+    Discard(AttemptKey),
+    /// Record a task durably; answer with [`Session::recorded`].
+    Record(Box<TaskOffer>),
+    /// Start a recorded task; answer with [`Session::task_started`], [`Session::task_ended`].
+    Start(QueuedTask),
+    /// End a running task with this reason.
+    Stop {
+        key: AttemptKey,
+        reason: String,
+    },
+    /// End an attempt that never ran; answer with [`Session::final_stored`].
+    Interrupt {
+        ids: Arc<Ids>,
+        reason: String,
+    },
+    /// List the unacknowledged finals; answer with [`Session::finals_listed`].
+    ListFinals,
+    /// Report a final by HTTP; answer with [`Session::reported`].
+    Report(Arc<Ids>),
+    /// No way is left for this final.
+    DropFinal(AttemptKey),
+    /// Poll for tasks; answer with [`Session::offered`] and [`Session::polled`].
+    Poll,
+    /// Send a heartbeat; answer with [`Session::offered`] and [`Session::heartbeat_done`].
+    Heartbeat,
+}
+
+#[derive(Debug)]
+pub struct Session<C> {
+    settings: Settings,
+    /// Of the store: part of all message ids.
+    incarnation: String,
+    /// Makes the ids of messages that are not stored unique for ever.
+    boot_nonce: u64,
+    messages_made: u64,
+    random: Random,
+    link: Link,
+    backoff: Backoff,
+    down_since: Now,
+    binary_granted: bool,
+    cancel_granted: bool,
+    lease: Option<Lease>,
+    delivery: Delivery<C>,
+    failures: Failures,
+    reports: Reports,
+    gate: Gate,
+    poll: Repeating,
+    heartbeat: Repeating,
+    tasks: Tasks,
+    /// A task was refused for want of room, and when.
+    room_wanted: Option<Now>,
+    acks: Acks,
+    effects: VecDeque<Effect<C>>,
+    last_error: Option<String>,
+}
+
+#[derive(Debug)]
+struct Lease {
+    interval: Duration,
+    next_at: Now,
+}
+
+impl<C: Copy + Ord + Default> Session<C> {
+    /// `seed` feeds jitter and names; it must differ from start to start.
+    pub fn new(settings: Settings, incarnation: String, seed: u64, now: Now) -> Session<C> {
+        let mut random = Random::new(seed);
+        let boot_nonce = random.next_u64();
+        let link = if settings.websocket {
+            Link::Down {
+                dial_at: now + random.up_to(settings.reconnect_min),
+            }
+        } else {
+            Link::Off
+        };
+        Session {
+            incarnation,
+            boot_nonce,
+            messages_made: 0,
+            link,
+            backoff: Backoff::new(settings.reconnect_min, settings.reconnect_max),
+            down_since: now,
+            binary_granted: false,
+            cancel_granted: false,
+            lease: None,
+            delivery: Delivery::default(),
+            failures: Failures::default(),
+            reports: Reports::default(),
+            gate: Gate::new(settings.fallback_threshold),
+            poll: Repeating::new(settings.poll_interval),
+            heartbeat: Repeating::new(settings.heartbeat_interval),
+            tasks: Tasks::new(settings.concurrency),
+            room_wanted: None,
+            acks: Acks::new(),
+            effects: VecDeque::new(),
+            last_error: None,
+            random,
+            settings,
+        }
+    }
+
+    /// The next thing to do. `now` decides what is due.
+    pub fn next_effect(&mut self, now: Now) -> Option<Effect<C>> {
+        if let Some(effect) = self.effects.pop_front() {
+            return Some(effect);
+        }
+        if !self.acks.is_empty() {
+            return Some(Effect::Acknowledge(Box::new(std::mem::take(
+                &mut self.acks,
+            ))));
+        }
+        self.on_time(now);
+        if let Some(effect) = self.effects.pop_front() {
+            return Some(effect);
+        }
+        if let Some(task) = self.tasks.start_next() {
+            return Some(Effect::Start(task));
+        }
+        if self.reports.want_list(self.channel(now), now) {
+            return Some(Effect::ListFinals);
+        }
+        if (self.gate.is_open(now) || self.room_has_returned(now)) && self.poll.due(now) {
+            self.room_wanted = None;
+            return Some(Effect::Poll);
+        }
+        if self.heartbeat.due(now) {
+            return Some(Effect::Heartbeat);
+        }
+        if self.link.is_active() && self.settings.results {
+            return self.delivery.next_read(now).map(Effect::Read);
+        }
+        None
+    }
+
+    /// When [`Session::next_effect`] has to be asked again at the latest.
+    pub fn next_deadline(&self, now: Now) -> Option<Now> {
+        let active = self.link.is_active();
+        let poll_at = self.poll.next_deadline().and_then(|due| {
+            let room = self.room_wanted.filter(|_| self.tasks.has_room());
+            let opens = self.gate.opens_at().into_iter().chain(room).min()?;
+            Some(due.max(opens))
+        });
+        [
+            self.link.next_deadline(&self.settings),
+            self.lease
+                .as_ref()
+                .filter(|_| active)
+                .map(|lease| lease.next_at),
+            self.delivery.next_deadline().filter(|_| active),
+            self.reports.next_deadline(now),
+            poll_at,
+            self.heartbeat.next_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn on_time(&mut self, now: Now) {
+        self.advance_link(now);
+        if !self.link.is_active() {
+            return;
+        }
+        self.delivery.on_time(&mut self.failures, now);
+        let mut expired = None;
+        while let Some(action) = self.delivery.next_action() {
+            match action {
+                Action::Locate { key, stream, from } => {
+                    self.effects.push_back(Effect::Locate { key, stream, from });
+                }
+                Action::GiveUp { key, stream } => self.give_up_stream(key, stream),
+                Action::Expired(lane) => {
+                    expired = Some(lane);
+                    if self.failures.stalled(lane) {
+                        self.failures.clear(lane);
+                        match lane.stream {
+                            Some(stream) => self.give_up_stream(lane.key, stream),
+                            None => self.reports.force(lane.key),
+                        }
+                    }
+                }
+            }
+        }
+        if let Some(lane) = expired {
+            let what = lane.stream.map_or("a final", Stream::as_str);
+            self.close(
+                &format!(
+                    "no acknowledgement of {what} of attempt {} after a repeat",
+                    lane.key
+                ),
+                None,
+                now,
+            );
+        }
+        if let Some(lease) = &mut self.lease
+            && now >= lease.next_at
+        {
+            lease.next_at = now + lease.interval;
+            for index in 0..self.tasks.running().len() {
+                let task = &self.tasks.running()[index];
+                if task.started_at.is_some() {
+                    let ids = task.ids.clone();
+                    let message_id = self.make_message_id("lease");
+                    self.effects.push_back(Effect::SendLease(ids, message_id));
+                }
+            }
+        }
+    }
+
+    fn give_up_stream(&mut self, key: AttemptKey, stream: Stream) {
+        warn!(
+            "the server does not take {} of attempt {key}: what is held of it is dropped and marked truncated",
+            stream.as_str()
+        );
+        self.effects.push_back(Effect::GiveUpStream { key, stream });
+    }
+
+    // ---- the store ----------------------------------------------------------------------------
+
+    /// Something new to send was stored.
+    pub fn appended(&mut self) {
+        self.delivery.appended();
+    }
+
+    /// Answer to [`Effect::Read`]: what of it is to be sent. If anything is, tell when it has been
+    /// written: [`Session::transmitted`].
+    pub fn batch_read(
+        &mut self,
+        candidates: impl Iterator<Item = Candidate<C>>,
+        next: C,
+        at_end: bool,
+        now: Now,
+    ) -> Admission {
+        self.delivery.admit(candidates, next, at_end, now)
+    }
+
+    /// A batch of this connection has gone to the socket.
+    pub fn transmitted(&mut self) {
+        self.delivery.transmitted();
+    }
+
+    /// Answer to [`Effect::Locate`].
+    pub fn located(&mut self, key: AttemptKey, stream: Stream, at: Option<C>, now: Now) {
+        self.delivery.located(key, stream, at, now);
+    }
+
+    /// A final was stored.
+    pub fn final_stored(&mut self) {
+        self.delivery.appended();
+        self.reports.look_again();
+    }
+
+    /// A volatile store was left for the disk: message ids change, so the session begins anew.
+    pub fn store_changed(&mut self, incarnation: String, now: Now) {
+        self.incarnation = incarnation;
+        self.close("the store has moved back to the disk", None, now);
+    }
+
+    // ---- reports and polls --------------------------------------------------------------------
+
+    fn channel(&self, now: Now) -> Channel {
+        if !self.settings.websocket || !self.settings.results {
+            return Channel::Closed;
+        }
+        if self.link.is_active() {
+            return Channel::Open;
+        }
+        let until = self.down_since + self.settings.fallback_threshold;
+        if now >= until {
+            Channel::Closed
+        } else {
+            Channel::Interrupted { until }
+        }
+    }
+
+    /// Answer to [`Effect::ListFinals`], oldest first.
+    pub fn finals_listed(&mut self, waiting: &[WaitingFinal]) {
+        if let Some(ids) = self.reports.choose(waiting) {
+            self.delivery.withhold(Some(ids.key()));
+            self.effects.push_back(Effect::Report(ids));
+        }
+    }
+
+    /// Answer to [`Effect::Report`]. After [`ReportResult::Done`] the outbox must already know.
+    pub fn reported(&mut self, ids: &Ids, result: &ReportResult, now: Now) {
+        match result {
+            ReportResult::Done => info!("task {ids}: result reported over HTTP"),
+            ReportResult::Refused { why } => {
+                warn!("task {ids}: the server refuses the report of its result: {why}");
+            }
+            ReportResult::Retry { why, .. } => {
+                warn!("task {ids}: its result could not be reported, trying again: {why}");
+            }
+            ReportResult::Gone => {}
+        }
+        if self.reports.finished(ids, result, &mut self.random, now) {
+            self.effects.push_back(Effect::DropFinal(ids.key()));
+        }
+        self.delivery.withhold(None);
+    }
+
+    /// A poll has ended; `failed` carries the server's `Retry-After`, if it named one.
+    pub fn polled(&mut self, failed: Option<Option<Duration>>, now: Now) {
+        self.poll.finished(failed, &mut self.random, now);
+    }
+
+    pub fn heartbeat_done(&mut self, failed: Option<Option<Duration>>, now: Now) {
+        self.heartbeat.finished(failed, &mut self.random, now);
+    }
+
+    fn room_has_returned(&self, now: Now) -> bool {
+        self.tasks.has_room() && self.room_wanted.is_some_and(|at| at <= now)
+    }
+
+    // ---- tasks --------------------------------------------------------------------------------
+
+    /// Attempts that recovery found received and not started, in order of arrival.
+    pub fn recovered(&mut self, queued: impl Iterator<Item = QueuedTask>) {
+        for task in queued {
+            self.tasks.push(task);
+        }
+        self.reports.look_again();
+    }
+
+    /// A task is offered, by whichever way.
+    pub fn offered(&mut self, offer: TaskOffer, now: Now) {
+        if !self.tasks.has_room() {
+            if self.room_wanted.is_none() {
+                warn!(
+                    "task {}: refused, {} tasks are waiting already",
+                    offer.ids,
+                    self.tasks.queued()
+                );
+            }
+            self.room_wanted = Some(now);
+            self.poll.at_once();
+            return;
+        }
+        self.tasks.begin_recording();
+        self.effects.push_back(Effect::Record(Box::new(offer)));
+    }
+
+    /// Answer to [`Effect::Record`].
+    pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, now: Now) {
+        self.tasks.end_recording();
+        let ids = task.ids.clone();
+        let key = ids.key();
+        let answers = self.link.is_active() && ids.has_result_channel();
+        match outcome {
+            Recorded::New => {
+                if answers {
+                    self.effects.push_back(Effect::SendReceived(ids));
+                }
+                self.tasks.push(task);
+            }
+            Recorded::NoRoom => {
+                self.room_wanted = Some(now + self.settings.poll_interval);
+            }
+            _ if !answers => {}
+            Recorded::Received | Recorded::Discarded => {
+                self.effects.push_back(Effect::SendReceived(ids));
+            }
+            Recorded::Started => self.effects.push_back(Effect::SendStarted(ids)),
+            Recorded::Finished { held } => {
+                // A final that the cursor has not reached yet comes in its order.
+                if !held || self.delivery.has_in_flight(key, Piece::Final) {
+                    self.effects.push_back(Effect::SendFinalAgain(ids));
+                }
+            }
+        }
+    }
+
+    /// A process runs.
+    pub fn task_started(&mut self, key: AttemptKey, now: Now) {
+        let Some(task) = self.tasks.started(key, now) else {
+            return;
+        };
+        let ids = task.ids.clone();
+        if self.link.is_active() && ids.has_result_channel() {
+            self.effects.push_back(Effect::SendStarted(ids));
+        }
+    }
+
+    /// A task no longer runs, or could not be started; its final is stored or reported.
+    pub fn task_ended(&mut self, key: AttemptKey) {
+        self.tasks.ended(key);
+        self.final_stored();
+    }
+
+    /// From now on nothing is accepted or started.
+    pub fn stop_taking_tasks(&mut self) {
+        self.tasks.stop();
+    }
+
+    pub fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+
+    // ---- what status and logs show ------------------------------------------------------------
+
+    pub fn link_state(&self) -> LinkState {
+        self.link.state()
+    }
+
+    /// Since when the link is in its state.
+    pub fn link_since(&self) -> Now {
+        self.link.since().unwrap_or(self.down_since)
+    }
+
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+
+    pub fn is_polling(&self, now: Now) -> bool {
+        self.gate.is_open(now)
+    }
+
+    /// Extension `binary_output` is granted in this session.
+    pub fn binary_granted(&self) -> bool {
+        self.binary_granted
+    }
+
+    /// Messages and bytes sent and not yet acknowledged.
+    pub fn in_flight(&self) -> (usize, usize) {
+        self.delivery.in_flight()
+    }
+
+    fn make_message_id(&mut self, kind: &str) -> String {
+        self.messages_made += 1;
+        format!(
+            "{}-{kind}-{:016x}-{}",
+            self.incarnation, self.boot_nonce, self.messages_made
+        )
+    }
+}

@@ -1,0 +1,119 @@
+//! One WebSocket connection: its dial, its reader, its frames in order.
+
+use std::rc::Rc;
+
+use async_channel::{Receiver, Sender};
+use futures_lite::future;
+
+use super::driver::Input;
+use super::{Context, frames};
+use crate::limits::{BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES};
+use crate::net::{self, Control, Incoming};
+use crate::outbox;
+use crate::session::delivery::Admission;
+
+/// Messages of one read that are to be sent.
+pub struct OutBatch {
+    pub batch: outbox::Batch,
+    pub admission: Admission,
+    pub binary_granted: bool,
+    pub incarnation: Rc<str>,
+}
+
+/// The driver's end of a connection. Dropping it ends the connection.
+pub struct Connection {
+    /// Tells this connection's inputs from those of earlier ones.
+    pub id: u64,
+    pub control: Sender<Control>,
+    pub batches: Sender<OutBatch>,
+    task: smol::Task<()>,
+}
+
+impl Connection {
+    pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
+        let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
+        let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER);
+        let task = context
+            .executor
+            .spawn(run(context.clone(), id, control_lane, to_send));
+        Connection {
+            id,
+            control,
+            batches,
+            task,
+        }
+    }
+
+    /// Says goodbye, if the socket takes it soon, and ends.
+    pub async fn close(self) {
+        let _ = self.control.try_send(Control::Close);
+        let patience = async {
+            smol::Timer::after(std::time::Duration::from_secs(1)).await;
+        };
+        future::or(self.task, patience).await;
+    }
+}
+
+async fn run(
+    context: Rc<Context>,
+    id: u64,
+    control: Receiver<Control>,
+    batches: Receiver<OutBatch>,
+) {
+    let dialled = net::connect_websocket(&context.dialer, &context.websocket, &context.signer);
+    let (writer, reader) = match dialled.await {
+        Ok(connected) => connected,
+        Err(error) => {
+            context.tell(Input::DialFailed(id, error)).await;
+            return;
+        }
+    };
+    context.tell(Input::Connected(id)).await;
+    let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
+    let why = future::or(
+        net::write_loop(writer, control, data_lane),
+        future::or(
+            read_loop(&context, id, reader),
+            send_batches(&context, id, batches, data),
+        ),
+    )
+    .await;
+    context.tell(Input::Disconnected(id, why)).await;
+}
+
+async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) -> String {
+    loop {
+        let input = match reader.next().await {
+            Ok(Incoming::Text(frame)) => Input::Frame(id, frame),
+            Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
+            Ok(Incoming::Closed(why)) | Err(why) => return why,
+        };
+        context.tell(input).await;
+    }
+}
+
+/// Encodes batch after batch into the data lane, which holds few frames.
+async fn send_batches(
+    context: &Rc<Context>,
+    id: u64,
+    batches: Receiver<OutBatch>,
+    data: Sender<Vec<u8>>,
+) -> String {
+    while let Ok(out) = batches.recv().await {
+        for admitted in &out.admission {
+            let frame = frames::encode(
+                &out.batch.messages[admitted.index],
+                &out.batch.buffer,
+                admitted.truncated,
+                out.binary_granted,
+                &out.incarnation,
+                &context.agent_id,
+            );
+            if data.send(frame).await.is_err() {
+                break;
+            }
+        }
+        context.tell(Input::Transmitted(id, out.batch)).await;
+    }
+    future::pending().await
+}

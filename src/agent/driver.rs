@@ -1,0 +1,365 @@
+//! The one loop that owns the session: takes what has happened, lets the session decide, carries
+//! out what it wants, waits.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_channel::{Receiver, Sender};
+use async_tungstenite::tungstenite::Utf8Bytes;
+use futures_lite::{FutureExt, future};
+use log::{debug, info, warn};
+use smol::Timer;
+
+use super::connection::{Connection, OutBatch};
+use super::effects::RunningStops;
+use super::status::Status;
+use super::{Context, boot_time, frames};
+use crate::executor::Stop;
+use crate::ids::{AttemptKey, Ids, Stream};
+use crate::limits::BATCHES_IN_WRITER;
+use crate::net::NetError;
+use crate::outbox::{self, Cursor, Recovered, Snapshot};
+use crate::session::reports::{ReportResult, WaitingFinal};
+use crate::session::tasks::QueuedTask;
+use crate::session::{LinkState, Now, Recorded, Session};
+use crate::wire::{ServerMessage, TaskOffer};
+
+/// Inputs that are taken in one turn before effects are carried out and others get a chance.
+const INPUTS_PER_TURN: usize = 32;
+
+/// Something that has happened. Those of a connection carry its number.
+pub enum Input {
+    DialFailed(u64, NetError),
+    Connected(u64),
+    Frame(u64, Utf8Bytes),
+    Heard(u64),
+    Disconnected(u64, String),
+    Snapshot(u64, Box<Snapshot>),
+    /// A batch has been handed to the socket; its buffers come back.
+    Transmitted(u64, outbox::Batch),
+    Batch(Box<outbox::Batch>),
+    Located(AttemptKey, Stream, Option<Cursor>),
+    Offered(Box<TaskOffer>),
+    Recorded(QueuedTask, Recorded),
+    TaskStarted(AttemptKey),
+    TaskEnded(AttemptKey),
+    FinalStored,
+    Finals(Vec<WaitingFinal>),
+    Reported(Arc<Ids>, ReportResult),
+    Polled(Option<Option<Duration>>),
+    HeartbeatDone(Option<Option<Duration>>),
+    HttpFailed(String),
+    /// A volatile store has been left for the disk.
+    Reopened(Recovered),
+    /// Somebody asks for the status.
+    Status(Sender<Status>),
+    /// TERM or INT.
+    Terminate,
+}
+
+pub struct Driver {
+    pub(super) context: Rc<Context>,
+    session: Session<Cursor>,
+    begun: Duration,
+    pub(super) incarnation: Rc<str>,
+    pub(super) connection: Option<Connection>,
+    pub(super) connections_made: u64,
+    pub(super) running: RunningStops,
+    pub(super) spare_buffers: Vec<(Vec<u8>, Vec<outbox::Message>)>,
+    stopping: Option<Stopping>,
+    last_http_error: Option<String>,
+}
+
+/// How far an orderly stop has come.
+enum Stopping {
+    /// Running tasks may still end by themselves.
+    Waiting { until: Now },
+    /// They have been told to end.
+    Told,
+}
+
+impl Driver {
+    pub fn new(context: Rc<Context>, session: Session<Cursor>, begun: Duration) -> Driver {
+        Driver {
+            incarnation: context.outbox.incarnation().into(),
+            context,
+            session,
+            begun,
+            connection: None,
+            connections_made: 0,
+            running: RunningStops::new(),
+            spare_buffers: Vec::with_capacity(BATCHES_IN_WRITER + 1),
+            stopping: None,
+            last_http_error: None,
+        }
+    }
+
+    fn now(&self) -> Now {
+        boot_time().saturating_sub(self.begun)
+    }
+
+    /// Runs until an orderly stop is complete.
+    pub async fn run(mut self, inputs: Receiver<Input>) {
+        let appended = self.context.outbox.appended();
+        loop {
+            let now = self.now();
+            while let Some(effect) = self.session.next_effect(now) {
+                self.carry_out(effect).await;
+            }
+            let active = self.session.link_state() == LinkState::Active;
+            self.context.watched.set(active);
+            if self.stop_is_complete(now) {
+                break;
+            }
+            self.wait(&inputs, &appended).await;
+            for _ in 0..INPUTS_PER_TURN {
+                match inputs.try_recv() {
+                    Ok(input) => self.take(input),
+                    Err(_) => break,
+                }
+            }
+            future::yield_now().await;
+        }
+        if let Some(connection) = self.connection.take() {
+            connection.close().await;
+        }
+    }
+
+    /// Waits for an input, for news of the store or for the next deadline.
+    async fn wait(&mut self, inputs: &Receiver<Input>, appended: &Receiver<()>) {
+        enum Woken {
+            Input(Input),
+            Appended,
+            Deadline,
+        }
+        let now = self.now();
+        let stop_at = match self.stopping {
+            Some(Stopping::Waiting { until }) => Some(until),
+            Some(Stopping::Told) | None => None,
+        };
+        let deadline = self
+            .session
+            .next_deadline(now)
+            .into_iter()
+            .chain(stop_at)
+            .min();
+        let input = async {
+            match inputs.recv().await {
+                Ok(input) => Woken::Input(input),
+                Err(_) => future::pending().await,
+            }
+        };
+        let news = async {
+            match appended.recv().await {
+                Ok(()) => Woken::Appended,
+                Err(_) => future::pending().await,
+            }
+        };
+        let timer = async {
+            match deadline {
+                Some(at) => Timer::after(at.saturating_sub(now)).await,
+                None => future::pending().await,
+            };
+            Woken::Deadline
+        };
+        match input.or(news).or(timer).await {
+            Woken::Input(input) => self.take(input),
+            Woken::Appended => self.session.appended(),
+            Woken::Deadline => {}
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.now();
+        match input {
+            Input::DialFailed(id, error) if self.is_current(id) => {
+                self.connection = None;
+                self.session.dial_failed(&error.why, error.retry_after, now);
+            }
+            Input::Connected(id) if self.is_current(id) => self.session.connected(now),
+            Input::Frame(id, frame) if self.is_current(id) => {
+                let message = ServerMessage::decode(&frame, &self.context.agent_id);
+                self.session.received(message, now);
+            }
+            Input::Heard(id) if self.is_current(id) => self.session.heard(now),
+            Input::Disconnected(id, why) if self.is_current(id) => self.disconnected(&why),
+            Input::Snapshot(id, snapshot) if self.is_current(id) => {
+                let (hello, first_held) = frames::hello(*snapshot, &self.incarnation);
+                self.session.hello_ready(hello, first_held);
+            }
+            Input::Transmitted(id, batch) => {
+                self.keep_buffers(batch);
+                if self.is_current(id) {
+                    self.session.transmitted();
+                }
+            }
+            // Of a connection that has ended.
+            Input::DialFailed(..)
+            | Input::Connected(_)
+            | Input::Frame(..)
+            | Input::Heard(_)
+            | Input::Disconnected(..)
+            | Input::Snapshot(..) => {}
+            Input::Batch(batch) => self.take_batch(*batch, now),
+            Input::Located(key, stream, at) => self.session.located(key, stream, at, now),
+            Input::Offered(offer) => self.session.offered(*offer, now),
+            Input::Recorded(task, outcome) => self.session.recorded(task, outcome, now),
+            Input::TaskStarted(key) => self.session.task_started(key, now),
+            Input::TaskEnded(key) => {
+                self.running.remove(&key);
+                self.session.task_ended(key);
+            }
+            Input::FinalStored => self.session.final_stored(),
+            Input::Finals(waiting) => self.session.finals_listed(&waiting),
+            Input::Reported(ids, result) => self.session.reported(&ids, &result, now),
+            Input::Polled(failed) => self.session.polled(failed, now),
+            Input::HeartbeatDone(failed) => self.session.heartbeat_done(failed, now),
+            Input::HttpFailed(why) => {
+                // The same trouble is told once.
+                if self.last_http_error.as_deref() == Some(why.as_str()) {
+                    debug!("{why}");
+                } else {
+                    warn!("{why}");
+                    self.last_http_error = Some(why);
+                }
+            }
+            Input::Reopened(recovered) => self.reopened(recovered, now),
+            Input::Status(reply) => {
+                // Whoever asked may be gone already.
+                let _ = reply.try_send(self.status(now));
+            }
+            Input::Terminate => self.terminate(now),
+        }
+    }
+
+    fn is_current(&self, id: u64) -> bool {
+        self.connection
+            .as_ref()
+            .is_some_and(|connection| connection.id == id)
+    }
+
+    pub(super) fn disconnected(&mut self, why: &str) {
+        self.connection = None;
+        let now = self.now();
+        self.session.disconnected(why, now);
+    }
+
+    fn take_batch(&mut self, batch: outbox::Batch, now: Now) {
+        let candidates = batch.messages.iter().map(frames::candidate);
+        let admission = self
+            .session
+            .batch_read(candidates, batch.next, batch.at_end, now);
+        if admission.is_empty() {
+            self.keep_buffers(batch);
+            return;
+        }
+        let out = OutBatch {
+            batch,
+            admission,
+            binary_granted: self.session.binary_granted(),
+            incarnation: self.incarnation.clone(),
+        };
+        if let Some(connection) = &self.connection {
+            let room = connection.batches.try_send(out);
+            debug_assert!(room.is_ok(), "the session counts the batches in the writer");
+        }
+    }
+
+    /// Buffers are used again, unless a rare large message has blown them up.
+    fn keep_buffers(&mut self, batch: outbox::Batch) {
+        let outbox::Batch {
+            mut messages,
+            mut buffer,
+            ..
+        } = batch;
+        if self.spare_buffers.len() <= BATCHES_IN_WRITER {
+            messages.clear();
+            buffer.clear();
+            buffer.shrink_to(crate::limits::WINDOW_BYTES);
+            self.spare_buffers.push((buffer, messages));
+        }
+    }
+
+    fn reopened(&mut self, recovered: Recovered, now: Now) {
+        self.incarnation = self.context.outbox.incarnation().into();
+        self.session
+            .store_changed(self.incarnation.to_string(), now);
+        self.session.recovered(queued_tasks(recovered));
+    }
+
+    // ---- the orderly stop ---------------------------------------------------------------------
+
+    fn terminate(&mut self, now: Now) {
+        match self.stopping {
+            None => {
+                self.session.stop_taking_tasks();
+                let grace = self.context.config.task_kill_grace;
+                match self.running.len() {
+                    0 => info!("stopping"),
+                    running => info!(
+                        "stopping; {running} running tasks may end within {} s",
+                        grace.as_secs_f32()
+                    ),
+                }
+                self.stopping = Some(Stopping::Waiting { until: now + grace });
+            }
+            Some(_) => self.end_running_tasks(),
+        }
+    }
+
+    fn end_running_tasks(&mut self) {
+        self.stopping = Some(Stopping::Told);
+        for stop in self.running.values() {
+            let reason = "interrupted: the agent was stopped".to_owned();
+            // A task that is already being ended keeps its reason.
+            let _ = stop.try_send(Stop { reason });
+        }
+    }
+
+    fn stop_is_complete(&mut self, now: Now) -> bool {
+        if let Some(Stopping::Waiting { until }) = self.stopping
+            && now >= until
+        {
+            self.end_running_tasks();
+        }
+        self.stopping.is_some() && self.running.is_empty()
+    }
+
+    fn status(&self, now: Now) -> Status {
+        let since = now.saturating_sub(self.session.link_since());
+        let session = match self.session.link_state() {
+            LinkState::Off => "off",
+            LinkState::Down => "down",
+            LinkState::Connecting => "connecting",
+            LinkState::Handshake => "handshake",
+            LinkState::Active => "active",
+        };
+        let tasks = self.session.tasks();
+        Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            agent_id: Some(self.context.agent_id.clone()),
+            session: session.to_owned(),
+            session_since_seconds: since.as_secs(),
+            last_error: self.session.last_error().map(str::to_owned),
+            running: tasks
+                .running()
+                .iter()
+                .map(|task| task.ids.to_string())
+                .collect(),
+            queued: tasks.queued(),
+            polling: self.session.is_polling(now),
+            ..Status::default()
+        }
+    }
+}
+
+/// What recovery found waiting, as the session wants it.
+pub fn queued_tasks(recovered: Recovered) -> impl Iterator<Item = QueuedTask> {
+    recovered.queued.into_iter().map(|task| QueuedTask {
+        ids: Arc::new(task.ids),
+        priority: task.priority,
+        timeout_seconds: task.timeout_seconds,
+    })
+}

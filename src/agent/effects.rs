@@ -1,0 +1,285 @@
+//! What the session wants done. Each effect becomes a command to the store, a frame, or a task on
+//! the executor that answers with an input; none makes the driver wait, except for room in the
+//! store's queue when acknowledgements come faster than the store takes them.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::warn;
+
+use super::driver::{Driver, Input};
+use super::{Context, connection::Connection, frames, report, task};
+use crate::executor::Stop;
+use crate::ids::{AttemptKey, Ids};
+use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX};
+use crate::net::{Control, NetError};
+use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception};
+use crate::session::reports::WaitingFinal;
+use crate::session::tasks::QueuedTask;
+use crate::session::{Ack, Effect, Recorded};
+use crate::wire::http::PolledTasks;
+use crate::wire::message_id::Piece;
+use crate::wire::{AgentMessage, TaskOffer, Timestamp};
+
+impl Driver {
+    pub(super) async fn carry_out(&mut self, effect: Effect<Cursor>) {
+        let context = self.context.clone();
+        match effect {
+            Effect::Dial => {
+                self.connections_made += 1;
+                self.connection = Some(Connection::dial(&context, self.connections_made));
+            }
+            Effect::Close => {
+                if let Some(connection) = self.connection.take() {
+                    context.spawn(connection.close());
+                }
+            }
+            Effect::Ping => self.send(Control::Ping),
+            Effect::PrepareHello => {
+                let id = self.connections_made;
+                context.clone().spawn(async move {
+                    let snapshot = context.outbox.snapshot(HELLO_BYTES_MAX).await;
+                    context.tell(Input::Snapshot(id, Box::new(snapshot))).await;
+                });
+            }
+            Effect::SendHello { hello, message_id } => {
+                let message = AgentMessage::Hello(&hello);
+                let frame = frames::encode_named(message, &message_id, &context.agent_id);
+                self.send(Control::Text(frame));
+            }
+            Effect::SendReceived(ids) => {
+                self.send_word(AgentMessage::Received(&ids), &ids, Piece::Received);
+            }
+            Effect::SendStarted(ids) => {
+                self.send_word(AgentMessage::Started(&ids), &ids, Piece::Started);
+            }
+            Effect::SendLease(ids, message_id) => {
+                let message = AgentMessage::LeaseHeartbeat(&ids);
+                let frame = frames::encode_named(message, &message_id, &context.agent_id);
+                self.send(Control::Text(frame));
+            }
+            Effect::SendFinalAgain(ids) => self.send_final_again(ids),
+            Effect::Read(order) => {
+                let (buffer, messages) = self.spare_buffers.pop().unwrap_or_default();
+                context.clone().spawn(async move {
+                    let request = ReadRequest {
+                        from: order.from,
+                        max_messages: order.max_messages,
+                        max_bytes: order.max_bytes,
+                        skip: order.skip,
+                        buffer,
+                        messages,
+                    };
+                    let batch = context.outbox.read(request).await;
+                    context.tell(Input::Batch(Box::new(batch))).await;
+                });
+            }
+            Effect::Locate { key, stream, from } => context.clone().spawn(async move {
+                let at = context.outbox.rewind(key, stream, from).await;
+                context.tell(Input::Located(key, stream, at)).await;
+            }),
+            Effect::Acknowledge(acks) => {
+                let acks = acks.iter().map(|&ack| stored_ack(ack)).collect();
+                context.outbox.acknowledge(acks).await;
+            }
+            Effect::Reject { key, piece } => context.clone().spawn(async move {
+                let piece = match piece {
+                    Piece::Output(stream, sequence) => outbox::Piece::Output { stream, sequence },
+                    Piece::Final => outbox::Piece::Final,
+                    Piece::Received | Piece::Started => return,
+                };
+                told(
+                    "remove a refused message",
+                    context.outbox.reject(key, piece).await,
+                );
+            }),
+            Effect::GiveUpStream { key, stream } => context.clone().spawn(async move {
+                let given_up = context.outbox.give_up_stream(key, stream).await;
+                told("give up a stream", given_up);
+            }),
+            Effect::Discard(key) => context.clone().spawn(async move {
+                told("discard an attempt", context.outbox.discard(key).await);
+            }),
+            Effect::DropFinal(key) => context.clone().spawn(async move {
+                told("drop a final", context.outbox.drop_final(key).await);
+            }),
+            Effect::Record(offer) => context.clone().spawn(record(context, *offer)),
+            Effect::Start(queued) => {
+                let (stop, stopped) = async_channel::bounded(1);
+                self.running.insert(queued.ids.key(), stop);
+                context.clone().spawn(task::run(context, queued, stopped));
+            }
+            Effect::Stop { key, reason } => {
+                if let Some(stop) = self.running.get(&key) {
+                    // A second stop changes nothing.
+                    let _ = stop.try_send(Stop { reason });
+                }
+            }
+            Effect::Interrupt { ids, reason } => context.clone().spawn(async move {
+                task::store_final(&context, &ids, task::interrupted(&reason)).await;
+                context.tell(Input::FinalStored).await;
+            }),
+            Effect::ListFinals => context.clone().spawn(async move {
+                let waiting = context.outbox.finals_waiting(OPEN_ATTEMPTS_MAX).await;
+                let waiting = waiting.into_iter().map(|entry| WaitingFinal {
+                    ids: entry.ids,
+                    key: entry.key,
+                    output_waits: entry.output_waits,
+                });
+                context.tell(Input::Finals(waiting.collect())).await;
+            }),
+            Effect::Report(ids) => context.clone().spawn(async move {
+                let result = report::report_stored(&context, &ids).await;
+                context.tell(Input::Reported(ids, result)).await;
+            }),
+            Effect::Poll => context.clone().spawn(async move {
+                let answer = context.api.poll().await;
+                let failed = offer(&context, "polling for tasks", answer).await;
+                context.tell(Input::Polled(failed)).await;
+            }),
+            Effect::Heartbeat => context.clone().spawn(async move {
+                let answer = context.api.heartbeat().await;
+                let failed = offer(&context, "heartbeat", answer).await;
+                context.tell(Input::HeartbeatDone(failed)).await;
+            }),
+        }
+    }
+
+    /// Queues a control frame. A server that lets them pile up is not reading.
+    pub(super) fn send(&mut self, control: Control) {
+        let Some(connection) = &self.connection else {
+            return;
+        };
+        if connection.control.try_send(control).is_err() {
+            let why = "the server does not read".to_owned();
+            self.disconnected(&why);
+        }
+    }
+
+    fn send_word(&mut self, message: AgentMessage<'_>, ids: &Ids, piece: Piece) {
+        let agent_id = &self.context.agent_id;
+        let frame = frames::encode_word(message, ids.key(), piece, &self.incarnation, agent_id);
+        self.send(Control::Text(frame));
+    }
+
+    fn send_final_again(&self, ids: Arc<Ids>) {
+        let context = self.context.clone();
+        let incarnation = self.incarnation.clone();
+        let Some(connection) = &self.connection else {
+            return;
+        };
+        let control = connection.control.clone();
+        context.clone().spawn(async move {
+            if let Some(stored) = context.outbox.final_of(ids.key()).await {
+                let agent_id = &context.agent_id;
+                let frame = frames::encode_stored_final(&ids, &stored.fin, &incarnation, agent_id);
+                // The server asked; if it does not read, it will ask again.
+                let _ = control.try_send(Control::Text(frame));
+            }
+        });
+    }
+}
+
+fn stored_ack(ack: Ack) -> outbox::Ack {
+    match ack {
+        Ack::Output {
+            key,
+            stream,
+            sequence,
+            cumulative,
+        } => outbox::Ack::Output {
+            key,
+            stream,
+            sequence,
+            cumulative,
+        },
+        Ack::Final { key } => outbox::Ack::Final { key },
+    }
+}
+
+/// These cost a repeat at worst, since the server will say the same again.
+fn told(what: &str, result: Result<(), outbox::StoreError>) {
+    if let Err(error) = result {
+        warn!("cannot {what}: {error}");
+    }
+}
+
+/// Hands the tasks of a poll or heartbeat to the driver. Returns the failure, if there is one.
+async fn offer(
+    context: &Rc<Context>,
+    what: &str,
+    answer: Result<PolledTasks, NetError>,
+) -> Option<Option<Duration>> {
+    match answer {
+        Ok(tasks) => {
+            for task in tasks {
+                match task {
+                    Ok(offer) => context.tell(Input::Offered(Box::new(offer))).await,
+                    Err(why) => warn!("{what}: a task that cannot be read is passed over: {why}"),
+                }
+            }
+            None
+        }
+        Err(error) => {
+            context
+                .tell(Input::HttpFailed(format!("{what}: {}", error.why)))
+                .await;
+            Some(error.retry_after)
+        }
+    }
+}
+
+/// Records an offered task durably. A command that can never run ends at once.
+async fn record(context: Rc<Context>, offer: TaskOffer) {
+    let ids = Arc::new(offer.ids);
+    let unusable = if offer.command.len() > COMMAND_BYTES_MAX {
+        Some(format!(
+            "the command is longer than {COMMAND_BYTES_MAX} bytes"
+        ))
+    } else if offer.command.contains('\0') {
+        Some("the command contains a NUL character".to_owned())
+    } else {
+        None
+    };
+    let receipt = Receipt {
+        ids: Ids::clone(&ids),
+        command: match &unusable {
+            Some(_) => Vec::new(),
+            None => offer.command.into_bytes(),
+        },
+        priority: offer.priority,
+        timeout_seconds: offer.timeout_seconds,
+        received_at_ms: Timestamp::now().0,
+    };
+    let outcome = match context.outbox.receive(receipt).await {
+        Ok(Reception::New) => match &unusable {
+            None => Recorded::New,
+            Some(why) => {
+                warn!("task {ids}: not run: {why}");
+                task::store_final(&context, &ids, task::failed(why)).await;
+                context.tell(Input::FinalStored).await;
+                Recorded::Finished { held: true }
+            }
+        },
+        Ok(Reception::Known(phase)) => match phase {
+            Phase::Received => Recorded::Received,
+            Phase::Started => Recorded::Started,
+            Phase::Finished { held } => Recorded::Finished { held },
+            Phase::Discarded => Recorded::Discarded,
+        },
+        Err(error) => {
+            warn!("task {ids}: refused, it cannot be recorded: {error}");
+            Recorded::NoRoom
+        }
+    };
+    let task = QueuedTask {
+        ids,
+        priority: offer.priority,
+        timeout_seconds: offer.timeout_seconds,
+    };
+    context.tell(Input::Recorded(task, outcome)).await;
+}
+
+/// The key that names an attempt in the driver's tables.
+pub(super) type RunningStops = std::collections::HashMap<AttemptKey, async_channel::Sender<Stop>>;

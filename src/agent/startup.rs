@@ -1,0 +1,293 @@
+//! From settings to a running agent, and what each way of failing exits with.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use async_channel::{Receiver, Sender};
+use async_signal::{Signal, Signals};
+use futures_lite::{FutureExt, StreamExt};
+use log::{error, info, warn};
+use smol::{LocalExecutor, Timer};
+
+use super::driver::{Driver, Input, queued_tasks};
+use super::lock::{self, LockError};
+use super::{Context, boot_time, status};
+use crate::config::Config;
+use crate::limits::REGISTRATION_RETRY_MAX;
+use crate::net::{self, Identity, Url};
+use crate::outbox;
+use crate::session::{self, Session};
+use crate::wire::http::{RegisterRequest, Tag};
+
+/// Exit codes, after `sysexits.h`.
+pub const EXIT_OK: u8 = 0;
+pub const EXIT_BUSY: u8 = 75;
+pub const EXIT_CONFIG: u8 = 78;
+
+/// Inputs that wait for the driver; a further sender waits.
+const INPUTS_WAITING: usize = 64;
+
+/// Runs the agent until it is told to stop. Returns the exit code.
+pub fn run(config: Config) -> u8 {
+    let executor = Rc::new(LocalExecutor::new());
+    smol::block_on(executor.run(start(config, executor.clone())))
+}
+
+async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
+    let begun = boot_time();
+    let _lock = match lock::acquire(&config.state_path) {
+        Ok(lock) => Some(lock),
+        Err(error @ LockError::Held { .. }) => {
+            error!("{error}");
+            return EXIT_BUSY;
+        }
+        Err(error @ LockError::Unavailable { .. }) => {
+            warn!("{error}; going on without");
+            None
+        }
+    };
+    let settings = match network_settings(&config) {
+        Ok(settings) => settings,
+        Err(why) => {
+            error!("{why}");
+            return EXIT_CONFIG;
+        }
+    };
+    let identity = Identity::load_or_create(
+        &config.state_path,
+        &config.private_key_path,
+        &config.fingerprint_path,
+    )
+    .await;
+    let identity = match identity {
+        Ok(identity) => identity,
+        Err(error) => {
+            error!("{error}");
+            return EXIT_CONFIG;
+        }
+    };
+    let (inputs, to_driver) = async_channel::bounded(INPUTS_WAITING);
+    let (terminate, terminated) = async_channel::bounded(1);
+    executor
+        .spawn(watch_signals(inputs.clone(), terminate))
+        .detach();
+    info!(
+        "hostlink-edge {} for {}",
+        env!("CARGO_PKG_VERSION"),
+        config.control_plane_url
+    );
+    let (store, recovered) = outbox::open(outbox_settings(&config)).await;
+    for ids in &recovered.interrupted {
+        warn!("task {ids}: interrupted, the agent or the device stopped while it ran");
+    }
+    let parts = Parts {
+        config,
+        settings,
+        identity,
+        store: store.clone(),
+        executor,
+        inputs,
+    };
+    let stopped = async {
+        let _ = terminated.recv().await;
+        None
+    };
+    if let Some(context) = parts.register().or(stopped).await {
+        serve(Rc::new(context), recovered, to_driver, begun).await;
+    }
+    store.close().await;
+    info!("stopped");
+    EXIT_OK
+}
+
+/// Runs the driver and what answers beside it, until an orderly stop.
+async fn serve(
+    context: Rc<Context>,
+    recovered: outbox::Recovered,
+    to_driver: Receiver<Input>,
+    begun: std::time::Duration,
+) {
+    let config = &context.config;
+    let settings = session::Settings {
+        agent_id: context.agent_id.clone(),
+        websocket: config.ws_enabled,
+        results: config.ws_results_enabled,
+        delivery: config.ws_delivery_enabled,
+        reconnect_min: config.ws_reconnect_min,
+        reconnect_max: config.ws_reconnect_max,
+        ping_interval: config.ws_ping_interval,
+        fallback_threshold: config.polling_fallback_threshold,
+        poll_interval: config.task_poll_interval,
+        heartbeat_interval: config.heartbeat_interval,
+        concurrency: config.task_concurrency,
+    };
+    let incarnation = context.outbox.incarnation().to_owned();
+    let now = boot_time().saturating_sub(begun);
+    let mut session = Session::new(settings, incarnation, random_seed(), now);
+    session.recovered(queued_tasks(recovered));
+    let driver = Driver::new(context.clone(), session, begun);
+
+    let reopened = async {
+        let reopened = context.outbox.reopened();
+        while let Ok(recovered) = reopened.recv().await {
+            context.tell(Input::Reopened(recovered)).await;
+        }
+        futures_lite::future::pending().await
+    };
+    let status = status::serve(config.state_path.clone(), async || {
+        let (reply, answer) = async_channel::bounded(1);
+        context.tell(Input::Status(reply)).await;
+        let mut status = answer.recv().await.unwrap_or_default();
+        status.store = context.outbox.counts().await;
+        status
+    });
+    driver.run(to_driver).or(reopened).or(status).await;
+}
+
+struct Parts {
+    config: Config,
+    settings: net::Settings,
+    identity: Identity,
+    store: outbox::Handle,
+    executor: Rc<LocalExecutor<'static>>,
+    inputs: Sender<Input>,
+}
+
+impl Parts {
+    /// Has the server give this device its id, unless it is known. Never gives up.
+    async fn register(mut self) -> Option<Context> {
+        let server_clock = net::ServerClock::new(&self.settings.control_plane);
+        let websocket = self.settings.websocket.clone();
+        let dialer = Rc::new(net::Dialer::new(self.settings.clone()));
+        let api = net::Api::new(dialer.clone(), server_clock.clone());
+        while self.identity.agent_id().is_none() {
+            let agent_id = self.ask_for_id(&api).await;
+            match self.identity.store_agent_id(&agent_id).await {
+                Ok(()) => info!("registered as agent {agent_id}"),
+                Err(error) => warn!("{error}; the next start registers again"),
+            }
+            if self.identity.agent_id().is_none() {
+                Timer::after(self.config.registration_retry_initial_delay).await;
+            }
+        }
+        let signer = Rc::new(self.identity.signer(server_clock)?);
+        api.set_signer(signer.clone());
+        Some(Context {
+            api,
+            agent_id: signer.agent_id().to_owned(),
+            config: self.config,
+            executor: self.executor,
+            outbox: self.store,
+            dialer,
+            websocket,
+            signer,
+            inputs: self.inputs,
+            watched: Rc::new(Cell::new(false)),
+        })
+    }
+
+    async fn ask_for_id(&self, api: &net::Api) -> String {
+        let config = &self.config;
+        let mut delay = config.registration_retry_initial_delay;
+        loop {
+            let request = self.registration();
+            let why = match (&config.token_id, &config.token_key) {
+                (Some(_), Some(_)) => match api.register(&request).await {
+                    Ok(answer) if !answer.id.is_empty() => return answer.id,
+                    Ok(_) => "the server's answer names no agent id".to_owned(),
+                    Err(error) => error.to_string(),
+                },
+                _ => "HOSTLINK_TOKEN_ID and HOSTLINK_TOKEN_KEY are not both set, and this device \
+                      has no agent id yet"
+                    .to_owned(),
+            };
+            warn!(
+                "not registered, trying again in {} s: {why}",
+                delay.as_secs_f32()
+            );
+            Timer::after(delay).await;
+            delay = (delay * 2).min(REGISTRATION_RETRY_MAX);
+        }
+    }
+
+    fn registration(&self) -> RegisterRequest {
+        let tag = |key: &str, value: &str| Tag {
+            key: key.to_owned(),
+            value: value.to_owned(),
+        };
+        let uname = rustix::system::uname();
+        RegisterRequest {
+            fingerprint: self.identity.fingerprint().to_owned(),
+            token_id: self.config.token_id.clone().unwrap_or_default(),
+            token_key: self
+                .config
+                .token_key
+                .as_ref()
+                .map(|key| key.reveal().to_owned())
+                .unwrap_or_default(),
+            public_key: self.identity.public_key_base64(),
+            public_key_type: "RSA".to_owned(),
+            tags: vec![
+                tag("hostname", &uname.nodename().to_string_lossy()),
+                tag("os", std::env::consts::OS),
+                tag("arch", std::env::consts::ARCH),
+            ],
+        }
+    }
+}
+
+fn network_settings(config: &Config) -> Result<net::Settings, String> {
+    let control_plane = Url::parse(&config.control_plane_url, net::Kind::Http)
+        .map_err(|why| format!("SH_CONTROL_PLANE_URL: {why}"))?;
+    let mut settings = net::Settings::new(control_plane);
+    if let Some(url) = &config.ws_url {
+        match Url::parse(url, net::Kind::WebSocket) {
+            Ok(url) => settings.websocket = url,
+            Err(why) => warn!("HOSTLINK_WS_URL is ignored: {why}"),
+        }
+    }
+    settings.ca_file.clone_from(&config.ca_file);
+    settings.client_cert.clone_from(&config.client_cert);
+    settings.client_key.clone_from(&config.client_key);
+    settings.https_proxy.clone_from(&config.https_proxy);
+    settings.http_proxy.clone_from(&config.http_proxy);
+    settings.no_proxy.clone_from(&config.no_proxy);
+    Ok(settings)
+}
+
+fn outbox_settings(config: &Config) -> outbox::Settings {
+    outbox::Settings {
+        dir: config.local_store_path.clone(),
+        memory_only: config.local_store_memory,
+        cap_bytes: config.spool_cap_bytes,
+        terminal_reserve_bytes: config.terminal_reserve_bytes,
+        final_output_bytes: config.final_output_bytes,
+        index_checker: std::env::current_exe().ok(),
+    }
+}
+
+/// The first TERM or INT stops the agent in order; a further one ends running tasks at once.
+async fn watch_signals(inputs: Sender<Input>, terminate: Sender<()>) {
+    let mut signals = match Signals::new([Signal::Term, Signal::Int]) {
+        Ok(signals) => signals,
+        Err(error) => {
+            warn!("signals cannot be handled, a stop will be abrupt: {error}");
+            return;
+        }
+    };
+    while let Some(signal) = signals.next().await {
+        if signal.is_ok() {
+            let _ = terminate.try_send(());
+            let _ = inputs.send(Input::Terminate).await;
+        }
+    }
+}
+
+/// Jitter and names must differ from start to start and from device to device.
+fn random_seed() -> u64 {
+    let mut bytes = [0; 8];
+    match openssl::rand::rand_bytes(&mut bytes) {
+        Ok(()) => u64::from_le_bytes(bytes),
+        Err(_) => boot_time().as_nanos() as u64 ^ u64::from(std::process::id()),
+    }
+}

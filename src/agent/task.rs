@@ -1,0 +1,302 @@
+//! One attempt from "about to start" to its stored final (PROTOCOL.md 4.6, 4.7).
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use async_channel::Receiver;
+use log::{error, info, warn};
+use smol::Timer;
+
+use super::driver::Input;
+use super::{Context, report};
+use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop};
+use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
+use crate::limits::{ChunkBatch, STORE_GIVE_UP, STORE_RETRY_DELAY};
+use crate::outbox::{Final, Phase, Start, StoreError};
+use crate::session::reports::ReportResult;
+use crate::session::tasks::QueuedTask;
+use crate::wire::Timestamp;
+
+/// Runs an attempt and tells the driver of its start and its end.
+pub async fn run(context: Rc<Context>, task: QueuedTask, stop: Receiver<Stop>) {
+    let ids = task.ids.clone();
+    let key = ids.key();
+    // The store lets the command go once the attempt has started.
+    let command = load_command(&context, key).await;
+    if may_start(&context, &ids, &stop).await {
+        let fin = match command {
+            Ok(command) => execute(&context, &task, command, stop).await,
+            Err(why) => failed(&why),
+        };
+        store_final(&context, &ids, fin).await;
+    }
+    context.tell(Input::TaskEnded(key)).await;
+}
+
+/// Makes the start durable. While the store cannot, the task waits.
+async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> bool {
+    let mut told = false;
+    loop {
+        let started_at = Timestamp::now().0;
+        match context.outbox.start(ids.key(), started_at).await {
+            Ok(Start::Go) => return true,
+            Ok(Start::Refused(phase)) => {
+                if !matches!(phase, Phase::Finished { .. } | Phase::Discarded) {
+                    warn!("task {ids}: not started, it has been before");
+                }
+                return false;
+            }
+            Err(StoreError::Unknown | StoreError::Closed) => return false,
+            Err(error) => {
+                if !told {
+                    told = true;
+                    warn!("task {ids}: waits, its start cannot be recorded: {error}");
+                }
+                let stopped = async { stop.recv().await.is_ok() };
+                let retry = async {
+                    Timer::after(STORE_RETRY_DELAY).await;
+                    false
+                };
+                // A task that is stopped now stays received and starts after the next start.
+                if futures_lite::future::or(stopped, retry).await {
+                    return false;
+                }
+            }
+        }
+    }
+}
+
+async fn load_command(context: &Rc<Context>, key: AttemptKey) -> Result<Vec<u8>, String> {
+    match context.outbox.load_task(key).await {
+        Ok(Some(receipt)) => Ok(receipt.command),
+        Ok(None) => Err("its command is no longer in the outbox".to_owned()),
+        Err(error) => Err(format!("its command cannot be read back: {error}")),
+    }
+}
+
+async fn execute(
+    context: &Rc<Context>,
+    task: &QueuedTask,
+    command: Vec<u8>,
+    stop: Receiver<Stop>,
+) -> Final {
+    let ids = &task.ids;
+    let config = &context.config;
+    let spec = Spec {
+        ids: Ids::clone(ids),
+        command,
+        timeout: bound_timeout(task.timeout_seconds, config.task_timeout),
+        kill_grace: config.task_kill_grace,
+        flush: Flush {
+            interval: config.flush_interval,
+            threshold: config.flush_threshold,
+        },
+        tail_bytes: config.final_output_bytes,
+    };
+    let store = TaskStore {
+        context,
+        ids,
+        key: ids.key(),
+        stored: ids.has_result_channel() && context.results_over_websocket(),
+    };
+    let controls = Controls {
+        stop,
+        watched: context.watched.clone(),
+    };
+    let on_started = |pid| {
+        info!("task {ids}: started, process {pid}");
+        let (context, key) = (context.clone(), ids.key());
+        context.clone().spawn(async move {
+            context.tell(Input::TaskStarted(key)).await;
+        });
+    };
+    let ended = executor::run(spec, &store, controls, on_started).await;
+    let seconds = ended.wall.as_secs_f32();
+    match ended.reason() {
+        None => info!("task {ids}: completed after {seconds:.1} s"),
+        Some(reason) => info!("task {ids}: ended after {seconds:.1} s: {reason}"),
+    }
+    if ended.chunks_given_up > 0 {
+        error!(
+            "task {ids}: {} chunks of its output are lost, the outbox did not take them",
+            ended.chunks_given_up
+        );
+    }
+    final_of(ended, config.final_output_bytes)
+}
+
+/// The shorter of the task's own bound and that of the settings.
+fn bound_timeout(of_task: Option<u64>, of_settings: Option<Duration>) -> Option<Duration> {
+    let of_task = of_task.map(Duration::from_secs);
+    of_task.into_iter().chain(of_settings).min()
+}
+
+/// What the server is told of the end (PROTOCOL.md 4.9). Why a task was ended from outside stands
+/// in `error` even if it had written there.
+fn final_of(ended: Ended, bound: usize) -> Final {
+    let (status, exit_code) = ended.status();
+    let reason = ended.reason();
+    let from_outside = matches!(ended.cause, Cause::Stopped(_) | Cause::TimedOut(_));
+    let lost = ended.chunks_given_up > 0;
+    let mut error = ended.stderr.bytes;
+    let mut error_truncated = ended.stderr.truncated;
+    if let Some(reason) = reason
+        && (from_outside || (error.is_empty() && !error_truncated))
+    {
+        if !error.is_empty() && !error.ends_with(b"\n") {
+            error.push(b'\n');
+        }
+        error.extend_from_slice(reason.as_bytes());
+        let over = error.len().saturating_sub(bound.max(reason.len()));
+        error_truncated |= over > 0;
+        error.drain(..over);
+    }
+    Final {
+        status,
+        exit_code,
+        output: ended.stdout.bytes,
+        error,
+        output_truncated: ended.stdout.truncated || lost,
+        error_truncated,
+    }
+}
+
+/// The final of an attempt that never ran.
+pub fn failed(reason: &str) -> Final {
+    unstarted(FinalStatus::Failed, reason)
+}
+
+/// The final of an attempt that was ended before its start.
+pub fn interrupted(reason: &str) -> Final {
+    unstarted(FinalStatus::Interrupted, reason)
+}
+
+fn unstarted(status: FinalStatus, reason: &str) -> Final {
+    Final {
+        status,
+        exit_code: -1,
+        output: Vec::new(),
+        error: reason.as_bytes().to_vec(),
+        output_truncated: false,
+        error_truncated: false,
+    }
+}
+
+/// Stores a final. One that cannot be stored is reported at once, and then its end is recorded as
+/// soon as the disk takes it, so that it is never sent a second time (PROTOCOL.md 4.7).
+pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
+    let key = ids.key();
+    let mut reported = false;
+    let mut delay = STORE_RETRY_DELAY;
+    loop {
+        match context.outbox.finish(key, fin).await {
+            Ok(()) => break,
+            Err((_, StoreError::Unknown | StoreError::Closed)) => return,
+            Err((refused, error)) => {
+                fin = refused;
+                if !reported {
+                    warn!("task {ids}: its final cannot be stored, reporting it at once: {error}");
+                    let result = report::send(context, ids, &fin).await;
+                    reported = matches!(result, ReportResult::Done | ReportResult::Refused { .. });
+                }
+            }
+        }
+        Timer::after(delay).await;
+        delay = (delay * 2).min(STORE_GIVE_UP);
+    }
+    if reported {
+        report::record_reported(context, key).await;
+    }
+}
+
+/// The way of a task's chunks into the outbox.
+struct TaskStore<'a> {
+    context: &'a Rc<Context>,
+    ids: &'a Ids,
+    key: AttemptKey,
+    /// Without a result channel no chunk is stored: nothing could ever take it.
+    stored: bool,
+}
+
+impl OutputStore for TaskStore<'_> {
+    async fn append(
+        &self,
+        stream: Stream,
+        first_sequence: u64,
+        batch: ChunkBatch,
+    ) -> Result<ChunkBatch, ChunkBatch> {
+        if !self.stored {
+            return Ok(batch);
+        }
+        let last = first_sequence + batch.len() as u64 - 1;
+        let outbox = &self.context.outbox;
+        match outbox.append(self.key, stream, first_sequence, batch).await {
+            Ok(buffers) => Ok(buffers),
+            Err((batch, error)) => match error {
+                StoreError::Full | StoreError::Io(_) => {
+                    warn!("task {}: output waits: {error}", self.ids);
+                    Err(batch)
+                }
+                // Stored by an earlier try whose outcome was unknown.
+                StoreError::Sequence { last: stored } if stored >= last => Ok(batch),
+                StoreError::Sequence { .. } | StoreError::Unknown => {
+                    error!("task {}: output is lost: {error}", self.ids);
+                    Ok(batch)
+                }
+                StoreError::Closed => Ok(batch),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::Tail;
+
+    fn ended(cause: Cause, stderr: &str, truncated: bool) -> Ended {
+        Ended {
+            cause,
+            stdout: Tail::default(),
+            stderr: Tail {
+                bytes: stderr.into(),
+                truncated,
+            },
+            last_sequence: [0, 0],
+            chunks_given_up: 0,
+            wall: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn the_error_text_says_why_where_nothing_else_does() {
+        let check = |cause: Cause, stderr: &str, expected: &str| {
+            let fin = final_of(ended(cause, stderr, false), 1024);
+            assert_eq!(String::from_utf8_lossy(&fin.error), expected);
+        };
+        let cancelled = || {
+            Cause::Stopped(Stop {
+                reason: "cancelled".into(),
+            })
+        };
+        check(Cause::Exited(0), "", "");
+        check(Cause::Exited(3), "", "exit status 3");
+        check(Cause::Exited(3), "no such file\n", "no such file\n");
+        check(cancelled(), "half a line", "half a line\ncancelled");
+        let fin = final_of(ended(cancelled(), &"x".repeat(100), false), 20);
+        assert_eq!(fin.error, b"xxxxxxxxxx\ncancelled");
+        assert!(fin.error_truncated);
+    }
+
+    #[test]
+    fn the_shorter_timeout_counts() {
+        let settings = Some(Duration::from_secs(10));
+        assert_eq!(bound_timeout(None, None), None);
+        assert_eq!(bound_timeout(None, settings), settings);
+        assert_eq!(bound_timeout(Some(60), settings), settings);
+        assert_eq!(
+            bound_timeout(Some(3), settings),
+            Some(Duration::from_secs(3))
+        );
+    }
+}

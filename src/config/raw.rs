@@ -1,0 +1,389 @@
+//! What was typed: the environment over the lines of a file, and every complaint about it.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::io::Read;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use log::LevelFilter;
+
+use super::keys::{KEYS, OF_TASKS, PREFIX, is_secret, may_hold_password};
+use super::{DEFAULT_FILE, Effective, MASK, Source, Warning, values};
+use crate::limits::KIB;
+
+/// A larger file is not a settings file.
+const FILE_BYTES_MAX: u64 = 256 * KIB as u64;
+
+/// Longer values are cut where they are shown.
+const SHOWN_CHARACTERS: usize = 200;
+
+/// Reads values one by one and notes what each became.
+pub struct Reader {
+    given: BTreeMap<String, (String, Source)>,
+    effective: BTreeMap<&'static str, (String, Source)>,
+    warnings: Vec<Warning>,
+}
+
+impl Reader {
+    pub fn new(
+        environment: impl Iterator<Item = (OsString, OsString)>,
+        named_file: Option<&Path>,
+    ) -> Reader {
+        let mut reader = Reader {
+            given: BTreeMap::new(),
+            effective: BTreeMap::new(),
+            warnings: Vec::new(),
+        };
+        reader.read_file(named_file);
+        for (key, value) in environment {
+            let Ok(key) = key.into_string() else {
+                continue;
+            };
+            if !KEYS.contains(&key.as_str()) && !key.starts_with(PREFIX) {
+                continue;
+            }
+            match value.into_string() {
+                Ok(value) => {
+                    reader.given.insert(key, (value, Source::Environment));
+                }
+                Err(_) => reader.warn(format!("{key} is no UTF-8 text and was ignored")),
+            }
+        }
+        reader
+    }
+
+    fn read_file(&mut self, named: Option<&Path>) {
+        let path = named.unwrap_or(Path::new(DEFAULT_FILE));
+        let mut text = String::new();
+        let read = std::fs::File::open(path)
+            .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text));
+        match read {
+            Ok(_) => {}
+            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) => {
+                let path = path.display();
+                self.warn(format!("cannot read the settings file {path}: {error}"));
+                return;
+            }
+        }
+        if text.len() as u64 > FILE_BYTES_MAX {
+            let path = path.display();
+            self.warn(format!(
+                "the settings file {path} is larger than {FILE_BYTES_MAX} bytes and was ignored"
+            ));
+            return;
+        }
+        for (index, line) in text.lines().enumerate() {
+            match parse_line(line) {
+                Line::Nothing => {}
+                Line::Pair(key, value) => {
+                    self.given
+                        .insert(key.to_owned(), (value.to_owned(), Source::File));
+                }
+                Line::Unreadable => self.warn(format!(
+                    "line {} of {} is no KEY=VALUE and was ignored",
+                    index + 1,
+                    path.display()
+                )),
+            }
+        }
+    }
+
+    fn warn(&mut self, text: String) {
+        self.warnings.push(Warning(text));
+    }
+
+    /// The value as given; an empty one counts as not given.
+    fn get(&self, key: &str) -> Option<(String, Source)> {
+        self.given
+            .get(key)
+            .filter(|(value, _)| !value.trim().is_empty())
+            .map(|(value, source)| (value.trim().to_owned(), *source))
+    }
+
+    fn note(&mut self, key: &'static str, value: String, source: Source) {
+        debug_assert!(KEYS.contains(&key), "{key} is missing in the table");
+        self.effective.insert(key, (value, source));
+    }
+
+    /// Reads a value with `parse`; one that cannot be read is replaced by the default.
+    fn read<T>(
+        &mut self,
+        key: &'static str,
+        default: T,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+        show: impl Fn(&T) -> String,
+    ) -> T {
+        let (value, source) = match self.get(key) {
+            None => (default, Source::Default),
+            Some((text, source)) => match parse(&text) {
+                Some(value) => (value, source),
+                None => {
+                    let default_text = show(&default);
+                    self.warn(format!(
+                        "{key}={} is not {expected}; the default {default_text} is used",
+                        shown(key, &text)
+                    ));
+                    (default, Source::Default)
+                }
+            },
+        };
+        self.note(key, show(&value), source);
+        value
+    }
+
+    /// As [`Reader::read`], and a value out of range is clamped.
+    fn read_in_range<T: PartialOrd + Copy>(
+        &mut self,
+        key: &'static str,
+        default: T,
+        range: &RangeInclusive<T>,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+        show: impl Fn(&T) -> String,
+    ) -> T {
+        let value = self.read(key, default, expected, parse, &show);
+        let clamped = if value < *range.start() {
+            *range.start()
+        } else if value > *range.end() {
+            *range.end()
+        } else {
+            return value;
+        };
+        self.warn(format!(
+            "{key}={} is out of range ({} to {}); {} is used",
+            show(&value),
+            show(range.start()),
+            show(range.end()),
+            show(&clamped)
+        ));
+        self.change(key, show(&clamped));
+        clamped
+    }
+
+    fn change(&mut self, key: &'static str, value: String) {
+        if let Some(entry) = self.effective.get_mut(key) {
+            entry.0 = value;
+        }
+    }
+
+    pub fn boolean(&mut self, key: &'static str, default: bool) -> bool {
+        let expected = "true/1/yes or false/0/no";
+        self.read(key, default, expected, values::boolean, bool::to_string)
+    }
+
+    pub fn duration(
+        &mut self,
+        key: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
+        let show = |value: &Duration| values::show_duration(*value);
+        self.read_in_range(key, default, &range, DURATION, values::duration, show)
+    }
+
+    /// As [`Reader::duration`], and 0 switches it off.
+    pub fn duration_or_off(
+        &mut self,
+        key: &'static str,
+        default: Duration,
+        range: RangeInclusive<Duration>,
+    ) -> Duration {
+        match self.get(key) {
+            Some((text, source)) if values::duration(&text) == Some(Duration::ZERO) => {
+                self.note(key, "0".to_owned(), source);
+                Duration::ZERO
+            }
+            _ => self.duration(key, default, range),
+        }
+    }
+
+    pub fn bytes(&mut self, key: &'static str, default: u64, range: RangeInclusive<u64>) -> u64 {
+        let parse = |text: &str| text.parse().ok();
+        self.read_in_range(
+            key,
+            default,
+            &range,
+            "a number of bytes",
+            parse,
+            u64::to_string,
+        )
+    }
+
+    pub fn count(
+        &mut self,
+        key: &'static str,
+        default: usize,
+        range: RangeInclusive<usize>,
+    ) -> usize {
+        let parse = |text: &str| text.parse().ok();
+        self.read_in_range(key, default, &range, "a number", parse, usize::to_string)
+    }
+
+    /// One of a few words; the first is the default.
+    pub fn choice(&mut self, key: &'static str, choices: &'static [&'static str]) -> &'static str {
+        let parse = |text: &str| {
+            let known = |choice: &&&str| text.eq_ignore_ascii_case(choice);
+            choices.iter().find(known).copied()
+        };
+        let show = |choice: &&str| (*choice).to_owned();
+        self.read(key, choices[0], &choices.join(" or "), parse, show)
+    }
+
+    pub fn level(&mut self, key: &'static str, default: LevelFilter) -> LevelFilter {
+        let parse = |text: &str| text.parse().ok().filter(|level| *level != LevelFilter::Off);
+        let show = |level: &LevelFilter| level.as_str().to_ascii_lowercase();
+        self.read(
+            key,
+            default,
+            "error, warn, info, debug or trace",
+            parse,
+            show,
+        )
+    }
+
+    pub fn text(&mut self, key: &'static str) -> Option<String> {
+        let (value, source) = match self.get(key) {
+            Some((value, source)) => (Some(value), source),
+            None => (None, Source::Default),
+        };
+        let text = value.as_deref().map(|value| shown(key, value));
+        self.note(key, text.unwrap_or_default(), source);
+        value
+    }
+
+    pub fn path(&mut self, key: &'static str) -> Option<PathBuf> {
+        self.text(key).map(PathBuf::from)
+    }
+
+    pub fn path_or(&mut self, key: &'static str, default: PathBuf) -> PathBuf {
+        match self.path(key) {
+            Some(path) => path,
+            None => {
+                self.note(key, default.display().to_string(), Source::Default);
+                default
+            }
+        }
+    }
+
+    pub fn url(&mut self, key: &'static str, schemes: &[&str]) -> Option<String> {
+        let (value, source) = self.get(key)?;
+        if values::is_url(&value, schemes) {
+            let value = value.trim_end_matches('/').to_owned();
+            self.note(key, value.clone(), source);
+            return Some(value);
+        }
+        self.warn(format!(
+            "{key}={} is no URL of the kind {}://host and was ignored",
+            shown(key, &values::without_password(&value, MASK)),
+            schemes.join(":// or ")
+        ));
+        self.note(key, String::new(), Source::Default);
+        None
+    }
+
+    /// Two texts of a final and their overhead must fit the reserve.
+    pub fn fit_finals(&mut self, final_bytes: u64, reserve: u64, overhead: u64) -> usize {
+        let most = (reserve - overhead.min(reserve)) / 2;
+        let key = "HOSTLINK_TASK_FINAL_OUTPUT_BYTES";
+        let fits = final_bytes.min(most);
+        if fits < final_bytes {
+            self.warn(format!(
+                "{key}={final_bytes} does not fit twice into the reserve of {reserve} bytes \
+                 (HOSTLINK_LOCAL_STORE_TERMINAL_RESERVE_BYTES); {fits} is used"
+            ));
+            self.change(key, fits.to_string());
+        }
+        usize::try_from(fits).unwrap_or(usize::MAX)
+    }
+
+    pub fn at_least_min(&mut self, min: Duration, max: Duration) -> Duration {
+        if max >= min {
+            return max;
+        }
+        let (min_text, max_text) = (values::show_duration(min), values::show_duration(max));
+        let key = "HOSTLINK_WS_RECONNECT_MAX";
+        self.warn(format!(
+            "{key}={max_text} is below HOSTLINK_WS_RECONNECT_MIN={min_text}; {min_text} is used"
+        ));
+        self.change(key, min_text);
+        min
+    }
+
+    pub fn warn_of_unknown_keys(&mut self) {
+        let unknown: Vec<_> = self
+            .given
+            .iter()
+            .filter(|(key, _)| !KEYS.contains(&key.as_str()) && !OF_TASKS.contains(&key.as_str()))
+            .filter(|(key, (_, source))| key.starts_with(PREFIX) || *source == Source::File)
+            .map(|(key, (_, source))| format!("{key:.80} ({source}) is no known setting"))
+            .collect();
+        self.warnings.extend(unknown.into_iter().map(Warning));
+    }
+
+    pub fn finish(self) -> (Vec<Warning>, Vec<Effective>) {
+        let settings = KEYS
+            .iter()
+            .map(|key| {
+                let (value, source) = match self.effective.get(key) {
+                    Some((value, source)) => (value.clone(), *source),
+                    None => (String::new(), Source::Default),
+                };
+                Effective { key, value, source }
+            })
+            .collect();
+        (self.warnings, settings)
+    }
+}
+
+const DURATION: &str = "a duration like 100ms, 30s, 5m or 1h";
+
+/// A value as it may be shown: secrets masked, long ones cut.
+fn shown(key: &str, value: &str) -> String {
+    if is_secret(key) {
+        return MASK.to_owned();
+    }
+    let value = if may_hold_password(key) {
+        values::without_password(value, MASK)
+    } else {
+        value.to_owned()
+    };
+    value.chars().take(SHOWN_CHARACTERS).collect()
+}
+
+enum Line<'a> {
+    Nothing,
+    Pair(&'a str, &'a str),
+    Unreadable,
+}
+
+/// `KEY=VALUE`, as a shell or a service manager reads simple lines: comments, `export `, quotes.
+fn parse_line(line: &str) -> Line<'_> {
+    let line = line.trim();
+    if line.is_empty() || line.starts_with(['#', ';']) {
+        return Line::Nothing;
+    }
+    let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
+    let Some((key, value)) = line.split_once('=') else {
+        return Line::Unreadable;
+    };
+    let key = key.trim_end();
+    let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    if key.is_empty() || !key.bytes().all(is_name) {
+        return Line::Unreadable;
+    }
+    let value = value.trim();
+    for quote in ['"', '\''] {
+        if let Some(inner) = value.strip_prefix(quote) {
+            return match inner.split_once(quote) {
+                Some((inner, _)) => Line::Pair(key, inner),
+                None => Line::Unreadable,
+            };
+        }
+    }
+    let value = value.split(" #").next().unwrap_or_default().trim_end();
+    Line::Pair(key, value)
+}

@@ -1,0 +1,172 @@
+use super::*;
+
+/// Settings of an environment; the file does not exist.
+fn loaded(pairs: &[(&str, &str)]) -> Loaded {
+    let environment = pairs
+        .iter()
+        .map(|(key, value)| (OsString::from(key), OsString::from(value)));
+    load(environment, None)
+}
+
+const URL: (&str, &str) = ("SH_CONTROL_PLANE_URL", "https://cp.example/");
+
+#[test]
+fn defaults_are_those_of_the_documentation() {
+    let loaded = loaded(&[URL]);
+    assert_eq!(loaded.warnings, []);
+    let config = loaded.config.expect("usable");
+    assert_eq!(config.control_plane_url, "https://cp.example");
+    assert_eq!(
+        config.local_store_path,
+        Path::new("/var/lib/hostlink/outbox")
+    );
+    assert_eq!(config.spool_cap_bytes, 64 << 20);
+    assert_eq!(config.terminal_reserve_bytes, 1 << 20);
+    assert_eq!(config.heartbeat_interval, Duration::from_secs(5));
+    assert_eq!(config.flush_interval, Duration::from_millis(100));
+    assert_eq!(config.final_output_bytes, 65_536);
+    assert_eq!(config.task_timeout, None);
+    assert_eq!(loaded.settings.len(), keys::KEYS.len());
+}
+
+#[test]
+fn only_the_url_is_fatal() {
+    for url in [
+        "",
+        "cp.example",
+        "ftp://cp",
+        "https://",
+        "http://u:p@cp",
+        "http://a b",
+    ] {
+        let loaded = loaded(&[("SH_CONTROL_PLANE_URL", url)]);
+        assert!(loaded.config.is_err(), "{url:?}");
+    }
+}
+
+#[test]
+fn bad_values_are_clamped_or_defaulted_with_a_warning_that_names_them() {
+    let check = |key: &str, value: &str, effective: &str, range: &str| {
+        let loaded = loaded(&[URL, (key, value)]);
+        assert!(loaded.config.is_ok());
+        assert_eq!(
+            loaded.warnings.len(),
+            1,
+            "{key}={value}: {:?}",
+            loaded.warnings
+        );
+        let warning = &loaded.warnings[0].0;
+        for part in [key, value, range, effective] {
+            assert!(warning.contains(part), "{part:?} is not in {warning:?}");
+        }
+        let setting = loaded.settings.iter().find(|setting| setting.key == key);
+        assert_eq!(setting.expect("known key").value, effective);
+    };
+    check("HOSTLINK_WS_PING_INTERVAL", "1s", "5s", "5s to 5m");
+    check("HOSTLINK_WS_PING_INTERVAL", "1h", "5m", "5s to 5m");
+    check(
+        "HOSTLINK_WS_PING_INTERVAL",
+        "30",
+        "30s",
+        "100ms, 30s, 5m or 1h",
+    );
+    check("HOSTLINK_TASK_CONCURRENCY", "9", "4", "1 to 4");
+    check("HOSTLINK_TASK_CONCURRENCY", "-1", "1", "number");
+    check("HOSTLINK_WS_ENABLED", "maybe", "true", "true/1/yes");
+    check("HOSTLINK_LOCAL_STORE", "tape", "disk", "disk or memory");
+    check("HOSTLINK_LOG", "loud", "info", "trace");
+    check(
+        "HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES",
+        "1",
+        "1048576",
+        "68719476736",
+    );
+    check("HOSTLINK_WS_URL", "http://x", "", "ws://");
+}
+
+#[test]
+fn contradictions_are_clamped_with_a_warning() {
+    let loaded = loaded(&[
+        URL,
+        ("HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES", "1048576"),
+        ("HOSTLINK_TASK_FINAL_OUTPUT_BYTES", "1048576"),
+        ("HOSTLINK_WS_RECONNECT_MIN", "2m"),
+        ("HOSTLINK_WS_RECONNECT_MAX", "3s"),
+    ]);
+    assert_eq!(loaded.warnings.len(), 2, "{:?}", loaded.warnings);
+    let config = loaded.config.expect("usable");
+    assert_eq!(config.terminal_reserve_bytes, 524_288);
+    assert!(2 * config.final_output_bytes as u64 + 8192 <= config.terminal_reserve_bytes);
+    assert_eq!(config.ws_reconnect_max, Duration::from_secs(120));
+}
+
+#[test]
+fn unknown_keys_of_ours_are_typing_errors() {
+    let loaded = loaded(&[URL, ("HOSTLINK_TASK_TIMOUT", "5s"), ("OTHER_KEY", "x")]);
+    assert_eq!(loaded.warnings.len(), 1);
+    assert!(loaded.warnings[0].0.contains("HOSTLINK_TASK_TIMOUT"));
+}
+
+#[test]
+fn zero_switches_heartbeats_off() {
+    let config = loaded(&[URL, ("HOSTLINK_HEARTBEAT_INTERVAL", "0s")]).config;
+    assert_eq!(config.expect("usable").heartbeat_interval, Duration::ZERO);
+}
+
+#[test]
+fn secrets_are_never_shown() {
+    let loaded = loaded(&[
+        URL,
+        ("HOSTLINK_TOKEN_KEY", "s3cret"),
+        ("HTTPS_PROXY", "http://user:s3cret@proxy:3128"),
+    ]);
+    let shown = format!(
+        "{:?} {:?}",
+        loaded.settings,
+        loaded.config.expect("usable").token_key
+    );
+    assert!(!shown.contains("s3cret"), "{shown}");
+    assert!(shown.contains("@proxy:3128"));
+}
+
+#[test]
+fn the_environment_wins_over_the_file() {
+    let dir = std::env::temp_dir().join(format!("hostlink-config-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("directory");
+    let file = dir.join("hostlink.env");
+    let text = "# comment\nexport SH_CONTROL_PLANE_URL=\"https://file.example\"\n\
+                HOSTLINK_LOG='debug' # why\nHOSTLINK_TASK_POLL_INTERVAL = 20s # slow\nnonsense\n";
+    std::fs::write(&file, text).expect("file");
+    let environment = [("HOSTLINK_LOG".into(), "warn".into())];
+    let loaded = load(environment.into_iter(), Some(&file));
+    std::fs::remove_dir_all(&dir).expect("clean up");
+    assert_eq!(loaded.warnings.len(), 1, "{:?}", loaded.warnings);
+    assert!(loaded.warnings[0].0.contains("line 5"));
+    let config = loaded.config.expect("usable");
+    assert_eq!(config.control_plane_url, "https://file.example");
+    assert_eq!(config.log, LevelFilter::Warn);
+    assert_eq!(config.task_poll_interval, Duration::from_secs(20));
+    let source = |key: &str| {
+        let found = loaded.settings.iter().find(|setting| setting.key == key);
+        found.expect("known key").source
+    };
+    assert_eq!(source("HOSTLINK_LOG"), Source::Environment);
+    assert_eq!(source("SH_CONTROL_PLANE_URL"), Source::File);
+    let missing = load(std::iter::empty(), Some(&file));
+    assert!(missing.config.is_err());
+    assert!(missing.warnings[0].0.contains("hostlink.env"));
+}
+
+#[test]
+fn durations_survive_showing_and_reading() {
+    for text in ["100ms", "30s", "5m", "1h", "0", "90s", "1500ms"] {
+        let duration = values::duration(text).expect(text);
+        assert_eq!(
+            values::duration(&values::show_duration(duration)),
+            Some(duration)
+        );
+    }
+    for text in ["", "s", "5", "5 d", "-1s", "1.5s", "99999999999999999999s"] {
+        assert_eq!(values::duration(text), None, "{text}");
+    }
+}

@@ -1,0 +1,333 @@
+//! One stream from its pipe to the store.
+//!
+//! Two loops share a fixed set of buffers: the reader fills one and cuts chunks, the storer commits
+//! those that wait, several at once. A buffer is either filling, waiting or free; when none is free
+//! the pipe is not read, and the child waits.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use async_channel::{Receiver, Sender};
+use async_io::Async;
+use futures_lite::future;
+use log::warn;
+use smol::Timer;
+
+use super::flush::FlushPolicy;
+use super::tail::{Tail, TailRing};
+use super::utf8::complete_prefix;
+use super::{Flush, OutputStore};
+use crate::ids::Stream;
+use crate::limits::{
+    CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch, ChunkBuffer, FLUSH_INTERVAL_OFFLINE,
+    LEFTOVER_PIPE_BYTES, STORE_GIVE_UP, STORE_RETRY_DELAY,
+};
+
+/// What one stream needs to be captured.
+pub struct Capture<'a> {
+    pub stream: Stream,
+    pub flush: Flush,
+    pub tail_bytes: usize,
+    pub watched: Rc<Cell<bool>>,
+    /// When the process ended.
+    pub ended_at: &'a Cell<Option<Instant>>,
+    /// Closed when the pipe is to be let go, although somebody still holds it.
+    pub let_go: Receiver<()>,
+    /// Dropped when the stream has reached its end.
+    pub reading: Sender<()>,
+}
+
+#[derive(Debug, Default)]
+pub struct Captured {
+    pub tail: Tail,
+    pub last_sequence: u64,
+    pub chunks_given_up: u64,
+}
+
+impl Capture<'_> {
+    /// Reads the pipe to its end and stores all of it.
+    pub async fn run(self, pipe: impl AsFd + io::Read, store: &impl OutputStore) -> Captured {
+        // Together these hold every buffer, so sending never waits for long: the reader waits for
+        // a free buffer, the storer for a full one.
+        let (full, to_store) = async_channel::bounded(CHUNKS_WAITING_MAX);
+        let (free, to_fill) = async_channel::bounded(CHUNKS_WAITING_MAX + 1);
+        let (stream, ended_at) = (self.stream, self.ended_at);
+        let reader = self.read(pipe, full, to_fill);
+        let storer = store_chunks(stream, ended_at, store, to_store, free);
+        let (tail, (last_sequence, chunks_given_up)) = future::zip(reader, storer).await;
+        Captured {
+            tail,
+            last_sequence,
+            chunks_given_up,
+        }
+    }
+
+    async fn read(
+        self,
+        pipe: impl AsFd + io::Read,
+        full: Sender<Chunk>,
+        to_fill: Receiver<Chunk>,
+    ) -> Tail {
+        let mut tail = TailRing::new(self.tail_bytes);
+        let mut filling = Filling::new(full, to_fill);
+        if let Err(error) = self.read_to_end(pipe, &mut filling, &mut tail).await {
+            warn!("reading {} of a task: {error}", self.stream.as_str());
+        }
+        filling.flush_all().await;
+        tail.finish()
+    }
+
+    async fn read_to_end(
+        &self,
+        pipe: impl AsFd + io::Read,
+        filling: &mut Filling,
+        tail: &mut TailRing,
+    ) -> io::Result<()> {
+        // Larger than the default of 64 KiB: fewer switches between child and agent. A refusal
+        // (the user's pipe quota) changes nothing else.
+        let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
+        let pipe = Async::new(PipeReader(pipe))?;
+        let begun = Instant::now();
+        let mut policy = FlushPolicy::default();
+        let mut left_over = None;
+        loop {
+            let due = filling.can_flush().then(|| policy.due_at(self.interval()));
+            if due.is_some_and(|due| due <= begun.elapsed()) {
+                filling.flush().await;
+                policy.flushed(begun.elapsed());
+            }
+            let buffer = filling.room(self.flush.threshold).await;
+            let read = match pipe.get_ref().read_now(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+                Ok(0) => return Ok(()),
+                Ok(count) => Some(count),
+            };
+            let Some(count) = read else {
+                if left_over.is_some() {
+                    return Ok(());
+                }
+                let due = filling.can_flush().then(|| {
+                    policy
+                        .due_at(self.interval())
+                        .saturating_sub(begun.elapsed())
+                });
+                if !self.wait(&pipe, due).await? {
+                    left_over = Some(LEFTOVER_PIPE_BYTES);
+                }
+                continue;
+            };
+            tail.push(&buffer[..count]);
+            filling.add(count);
+            if filling.len() >= self.flush.threshold {
+                filling.flush().await;
+                policy.flushed(begun.elapsed());
+            }
+            if let Some(left) = &mut left_over {
+                *left = left.saturating_sub(count);
+                if *left == 0 {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Waits for bytes or for the flush. False when the pipe is to be let go.
+    async fn wait<T: AsFd>(&self, pipe: &Async<T>, due: Option<Duration>) -> io::Result<bool> {
+        let readable = async { pipe.readable().await.map(|()| true) };
+        let flush = async {
+            match due {
+                Some(after) => Timer::after(after).await,
+                None => future::pending().await,
+            };
+            Ok(true)
+        };
+        let let_go = async {
+            let _ = self.let_go.recv().await;
+            Ok(false)
+        };
+        future::or(readable, future::or(flush, let_go)).await
+    }
+
+    fn interval(&self) -> Duration {
+        if self.watched.get() {
+            self.flush.interval
+        } else {
+            FLUSH_INTERVAL_OFFLINE.max(self.flush.interval)
+        }
+    }
+}
+
+const PIPE_BYTES: usize = 256 * 1024;
+
+/// A pipe end whose reads do not need `&mut`.
+struct PipeReader<P>(P);
+
+impl<P: AsFd> AsFd for PipeReader<P> {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl<P: AsFd> PipeReader<P> {
+    fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        Ok(rustix::io::read(&self.0, buffer)?)
+    }
+}
+
+/// The buffer that is being filled, and the way to others.
+struct Filling {
+    /// Always of full length; the first `filled` bytes count.
+    buffer: Option<Chunk>,
+    filled: usize,
+    allocated: usize,
+    full: Sender<Chunk>,
+    to_fill: Receiver<Chunk>,
+}
+
+impl Filling {
+    fn new(full: Sender<Chunk>, to_fill: Receiver<Chunk>) -> Filling {
+        Filling {
+            buffer: None,
+            filled: 0,
+            allocated: 0,
+            full,
+            to_fill,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.filled
+    }
+
+    fn add(&mut self, count: usize) {
+        self.filled += count;
+    }
+
+    /// Where the next bytes go: up to the threshold, and at least one byte.
+    async fn room(&mut self, threshold: usize) -> &mut [u8] {
+        if self.buffer.is_none() {
+            let buffer = self.take_buffer().await;
+            self.buffer = Some(buffer);
+        }
+        let end = threshold.max(self.filled + 1).min(CHUNK_BYTES_MAX);
+        let filled = self.filled;
+        let buffer = self.buffer.as_mut().expect("it was just taken");
+        &mut buffer[filled..end]
+    }
+
+    async fn take_buffer(&mut self) -> Chunk {
+        let reused = match self.to_fill.try_recv() {
+            Ok(buffer) => Some(buffer),
+            Err(_) if self.allocated <= CHUNKS_WAITING_MAX => None,
+            // The storer outlives the reader, so this ends.
+            Err(_) => self.to_fill.recv().await.ok(),
+        };
+        let mut buffer = reused.unwrap_or_else(|| {
+            self.allocated += 1;
+            Chunk::new(ChunkBuffer::new())
+        });
+        let resized = buffer.resize(CHUNK_BYTES_MAX, 0);
+        debug_assert!(resized.is_ok(), "the length is the capacity");
+        buffer
+    }
+
+    /// Whether there is anything that may go without splitting a character.
+    fn can_flush(&self) -> bool {
+        self.complete() > 0
+    }
+
+    fn complete(&self) -> usize {
+        self.buffer
+            .as_ref()
+            .map_or(0, |buffer| complete_prefix(&buffer[..self.filled]))
+    }
+
+    async fn flush(&mut self) {
+        let cut = self.complete();
+        self.flush_to(cut).await;
+    }
+
+    /// The end of the stream: an incomplete character goes, too.
+    async fn flush_all(&mut self) {
+        self.flush_to(self.filled).await;
+    }
+
+    async fn flush_to(&mut self, cut: usize) {
+        if cut == 0 {
+            return;
+        }
+        let Some(mut buffer) = self.buffer.take() else {
+            return;
+        };
+        let mut held_back = heapless::Vec::<u8, 4>::new();
+        let held = held_back.extend_from_slice(&buffer[cut..self.filled]);
+        debug_assert!(held.is_ok(), "a character has at most four bytes");
+        buffer.truncate(cut);
+        self.filled = 0;
+        // The storer outlives the reader; a closed channel cannot be.
+        let _ = self.full.send(buffer).await;
+        if !held_back.is_empty() {
+            let mut next = self.take_buffer().await;
+            next[..held_back.len()].copy_from_slice(&held_back);
+            self.filled = held_back.len();
+            self.buffer = Some(next);
+        }
+    }
+}
+
+/// Commits what waits until the reader is done. Returns the last sequence stored and how many
+/// chunks were given up.
+async fn store_chunks(
+    stream: Stream,
+    ended_at: &Cell<Option<Instant>>,
+    store: &impl OutputStore,
+    to_store: Receiver<Chunk>,
+    free: Sender<Chunk>,
+) -> (u64, u64) {
+    let mut last_sequence = 0;
+    let mut given_up = 0;
+    while let Ok(first) = to_store.recv().await {
+        let mut batch = ChunkBatch::new();
+        let mut next = Some(first);
+        while let Some(chunk) = next {
+            let pushed = batch.push(chunk);
+            debug_assert!(pushed.is_ok(), "a batch has room for all chunks that wait");
+            next = (!batch.is_full())
+                .then(|| to_store.try_recv().ok())
+                .flatten();
+        }
+        loop {
+            if given_up > 0 {
+                given_up += batch.len() as u64;
+                break;
+            }
+            let count = batch.len() as u64;
+            match store.append(stream, last_sequence + 1, batch).await {
+                Ok(buffers) => {
+                    last_sequence += count;
+                    batch = buffers;
+                    break;
+                }
+                Err(refused) => batch = refused,
+            }
+            let ended = ended_at
+                .get()
+                .is_some_and(|at| at.elapsed() > STORE_GIVE_UP);
+            if ended {
+                given_up += batch.len() as u64;
+                break;
+            }
+            Timer::after(STORE_RETRY_DELAY).await;
+        }
+        while let Some(buffer) = batch.pop() {
+            // The reader may be gone already; then nobody needs it.
+            let _ = free.try_send(buffer);
+        }
+    }
+    (last_sequence, given_up)
+}

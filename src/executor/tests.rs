@@ -1,0 +1,327 @@
+//! The executor with real processes and a store that records, refuses or stalls.
+
+use std::cell::RefCell;
+use std::time::Instant;
+
+use async_channel::Sender;
+
+use super::*;
+use crate::limits::CHUNK_BYTES_MAX;
+
+#[derive(Default)]
+struct FakeStore {
+    chunks: RefCell<[Vec<Vec<u8>>; 2]>,
+    /// Appends still to be refused.
+    refusals: Cell<u32>,
+    appends: Cell<u32>,
+    /// Appends wait for a token of this channel, if there is one.
+    gate: RefCell<Option<Receiver<()>>>,
+}
+
+impl FakeStore {
+    fn bytes(&self, stream: Stream) -> Vec<u8> {
+        self.chunks.borrow()[stream.index()].concat()
+    }
+
+    fn text(&self, stream: Stream) -> String {
+        String::from_utf8(self.bytes(stream)).expect("text")
+    }
+}
+
+impl OutputStore for FakeStore {
+    async fn append(
+        &self,
+        stream: Stream,
+        first_sequence: u64,
+        batch: ChunkBatch,
+    ) -> Result<ChunkBatch, ChunkBatch> {
+        let gate = self.gate.borrow().clone();
+        if let Some(gate) = gate {
+            let _ = gate.recv().await;
+        }
+        self.appends.set(self.appends.get() + 1);
+        if self.refusals.get() > 0 {
+            self.refusals.set(self.refusals.get() - 1);
+            return Err(batch);
+        }
+        let mut chunks = self.chunks.borrow_mut();
+        let chunks = &mut chunks[stream.index()];
+        assert_eq!(
+            first_sequence,
+            chunks.len() as u64 + 1,
+            "sequence without holes"
+        );
+        chunks.extend(batch.iter().map(|chunk| chunk.to_vec()));
+        Ok(batch)
+    }
+}
+
+fn spec(command: &str) -> Spec {
+    Spec {
+        ids: Ids::new("task-1", "attempt-1").expect("short"),
+        command: command.into(),
+        timeout: None,
+        kill_grace: Duration::from_millis(200),
+        flush: Flush {
+            interval: Duration::from_millis(20),
+            threshold: CHUNK_BYTES_MAX,
+        },
+        tail_bytes: 1024,
+    }
+}
+
+fn controls() -> (Sender<Stop>, Controls) {
+    let (stop, stopped) = async_channel::bounded(1);
+    let controls = Controls {
+        stop: stopped,
+        watched: Rc::new(Cell::new(true)),
+    };
+    (stop, controls)
+}
+
+fn run_spec(spec: Spec, store: &FakeStore) -> Ended {
+    let (_stop, controls) = controls();
+    smol::block_on(run(spec, store, controls, |_| {}))
+}
+
+fn run_sh(command: &str) -> (Ended, FakeStore) {
+    let store = FakeStore::default();
+    let ended = run_spec(spec(command), &store);
+    (ended, store)
+}
+
+#[test]
+fn both_streams_and_the_exit_status_arrive() {
+    let (ended, store) = run_sh("echo out; echo err >&2; exit 3");
+    assert_eq!(store.text(Stream::Stdout), "out\n");
+    assert_eq!(store.text(Stream::Stderr), "err\n");
+    assert_eq!(ended.status(), (FinalStatus::Failed, 3));
+    assert_eq!(ended.reason().as_deref(), Some("exit status 3"));
+    assert_eq!(ended.last_sequence, [1, 1]);
+    assert_eq!(ended.stdout.bytes, b"out\n");
+}
+
+#[test]
+fn a_script_runs_by_its_own_interpreter_line() {
+    let (ended, store) = run_sh("#!/bin/cat -n\nline\n");
+    assert_eq!(ended.cause, Cause::Exited(0));
+    let numbered = "     1\t#!/bin/cat -n\n     2\tline\n";
+    assert_eq!(store.text(Stream::Stdout), numbered);
+    let (ended, _) = run_sh("#!/no/such/interpreter\n");
+    assert!(
+        matches!(&ended.cause, Cause::NotStarted(why) if why.contains("/no/such/interpreter")),
+        "{ended:?}"
+    );
+    assert_eq!(ended.status(), (FinalStatus::Failed, -1));
+}
+
+#[test]
+fn the_task_sees_its_environment_and_nothing_of_the_agent() {
+    let (_, store) = run_sh(
+        "env; echo ---; cat; for fd in /proc/$$/fd/*; do echo \"${fd##*/} $(readlink $fd)\"; done",
+    );
+    let text = store.text(Stream::Stdout);
+    let (env, rest) = text.split_once("---\n").expect("separator");
+    let mut names: Vec<_> = env
+        .lines()
+        .filter_map(|line| line.split_once('='))
+        .map(|(name, _)| name)
+        .filter(|name| !matches!(*name, "PWD" | "OLDPWD" | "SHLVL" | "_"))
+        .collect();
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        [
+            "HOME",
+            "HOSTLINK_ATTEMPT_ID",
+            "HOSTLINK_TASK_ID",
+            "LANG",
+            "PATH",
+            "SHELL",
+            "TERM",
+            "USER"
+        ]
+    );
+    assert!(env.contains("HOSTLINK_TASK_ID=task-1\n"), "{env}");
+    // Standard streams, the script, and the directory that ls itself reads.
+    let descriptors = rest.lines().next().expect("list").split(' ');
+    let count = descriptors.filter(|fd| fd.parse::<u32>().is_ok()).count();
+    assert!(count <= 5, "{rest}");
+}
+
+#[test]
+fn a_large_command_needs_no_argument_list() {
+    let command = format!(": '{}'\necho done", "x".repeat(1_000_000));
+    let (ended, store) = run_sh(&command);
+    assert_eq!(ended.cause, Cause::Exited(0));
+    assert_eq!(store.text(Stream::Stdout), "done\n");
+}
+
+#[test]
+fn bulk_output_is_exact_and_in_full_chunks() {
+    let (ended, store) = run_sh("head -c 3000000 /dev/zero | tr '\\0' '\\377'");
+    assert_eq!(ended.cause, Cause::Exited(0));
+    let bytes = store.bytes(Stream::Stdout);
+    assert_eq!(bytes.len(), 3_000_000);
+    assert!(bytes.iter().all(|&byte| byte == 0xff));
+    assert_eq!(ended.stdout.bytes, vec![0xff; 1024]);
+    assert!(ended.stdout.truncated);
+}
+
+#[test]
+fn no_chunk_splits_a_character() {
+    let mut spec =
+        spec("i=0; while [ $i -lt 400 ]; do printf 'a\u{df}\u{20ac}\u{1f980}'; i=$((i+1)); done");
+    spec.flush.threshold = 7;
+    let store = FakeStore::default();
+    run_spec(spec, &store);
+    let chunks = store.chunks.borrow();
+    assert!(chunks[0].len() > 100);
+    for chunk in &chunks[0] {
+        assert!(std::str::from_utf8(chunk).is_ok(), "{chunk:x?}");
+        assert!(chunk.len() <= 7 + 3, "{}", chunk.len());
+    }
+    assert_eq!(
+        chunks[0].concat(),
+        "a\u{df}\u{20ac}\u{1f980}".repeat(400).as_bytes()
+    );
+}
+
+#[test]
+fn an_incomplete_character_at_the_end_is_delivered() {
+    let (_, store) = run_sh("printf 'ab\\342\\202'");
+    assert_eq!(store.bytes(Stream::Stdout), b"ab\xe2\x82");
+}
+
+#[test]
+fn refused_chunks_are_kept_and_stored_later_in_order() {
+    let store = FakeStore::default();
+    store.refusals.set(2);
+    let mut spec = spec("echo one; echo two; echo three");
+    spec.flush.threshold = 4;
+    let ended = run_spec(spec, &store);
+    assert_eq!(store.text(Stream::Stdout), "one\ntwo\nthree\n");
+    assert_eq!(ended.chunks_given_up, 0);
+    assert_eq!(
+        ended.last_sequence[0],
+        store.chunks.borrow()[0].len() as u64
+    );
+}
+
+#[test]
+fn a_stalled_store_makes_the_child_wait_and_loses_nothing() {
+    let store = FakeStore::default();
+    let (open, gate) = async_channel::bounded(1);
+    *store.gate.borrow_mut() = Some(gate);
+    let (_stop, controls) = controls();
+    let (started, is_started) = async_channel::bounded(1);
+    let task = run(
+        spec("head -c 2000000 /dev/zero; echo finished >&2"),
+        &store,
+        controls,
+        |pid| started.try_send(pid).expect("first start"),
+    );
+    let release = async {
+        let pid = is_started.recv().await.expect("started");
+        // The child is asleep in its write once the pipe and all buffers are full.
+        let stat = format!("/proc/{pid}/task/{pid}/children");
+        while std::fs::read_to_string(&stat)
+            .unwrap_or_default()
+            .is_empty()
+        {
+            future::yield_now().await;
+        }
+        let child = std::fs::read_to_string(&stat).expect("children");
+        let child = child.trim().to_owned();
+        let state = || std::fs::read_to_string(format!("/proc/{child}/wchan")).unwrap_or_default();
+        while !state().contains("pipe") {
+            Timer::after(Duration::from_millis(1)).await;
+        }
+        drop(open);
+    };
+    let (ended, ()) = smol::block_on(future::zip(task, release));
+    assert_eq!(ended.cause, Cause::Exited(0));
+    assert_eq!(store.bytes(Stream::Stdout).len(), 2_000_000);
+    assert!(
+        store.appends.get() < 60,
+        "several chunks a commit: {}",
+        store.appends.get()
+    );
+}
+
+#[test]
+fn a_timeout_ends_the_whole_group_even_if_it_ignores_term() {
+    let mut spec = spec("trap '' TERM; echo ready; sleep 1000 & sleep 1000");
+    spec.timeout = Some(Duration::from_millis(300));
+    let store = FakeStore::default();
+    let begun = Instant::now();
+    let ended = run_spec(spec, &store);
+    assert_eq!(ended.cause, Cause::TimedOut(Duration::from_millis(300)));
+    assert_eq!(ended.status(), (FinalStatus::Failed, -1));
+    assert_eq!(ended.reason().as_deref(), Some("timed out after 0.3 s"));
+    assert_eq!(store.text(Stream::Stdout), "ready\n");
+    assert!(begun.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn a_stop_ends_the_task_with_its_reason() {
+    let store = FakeStore::default();
+    let (stop, controls) = controls();
+    let task = run(spec("sleep 1000"), &store, controls, |_| {
+        let reason = "cancelled: test".to_owned();
+        stop.try_send(Stop { reason }).expect("room");
+    });
+    let ended = smol::block_on(task);
+    assert_eq!(ended.status(), (FinalStatus::Interrupted, -1));
+    assert_eq!(ended.reason().as_deref(), Some("cancelled: test"));
+}
+
+#[test]
+fn a_signal_is_told() {
+    let (ended, _) = run_sh("kill -9 $$");
+    assert_eq!(ended.cause, Cause::Signalled(9));
+    assert_eq!(ended.reason().as_deref(), Some("killed by signal 9"));
+}
+
+#[test]
+fn a_leaked_pipe_does_not_hold_the_task_and_its_holder_is_ended() {
+    let begun = Instant::now();
+    let (ended, store) = run_sh("sleep 1000 & echo $!; exit 0");
+    assert_eq!(ended.cause, Cause::Exited(0));
+    assert!(
+        begun.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        begun.elapsed()
+    );
+    let pid = store.text(Stream::Stdout);
+    wait_until_gone(pid.trim());
+}
+
+/// Returns once the process is gone, or a zombie that its new parent has still to collect.
+fn wait_until_gone(pid: &str) {
+    let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    while !(stat().is_empty() || stat().contains(") Z ")) {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn dropping_a_running_task_kills_its_group() {
+    let store = FakeStore::default();
+    let (_stop, controls) = controls();
+    let pid = Cell::new(0);
+    let (started, is_started) = async_channel::bounded(1);
+    let task = run(spec("sleep 1000"), &store, controls, |id| {
+        pid.set(id);
+        started.try_send(()).expect("first start");
+    });
+    smol::block_on(future::or(
+        async {
+            task.await;
+        },
+        async {
+            is_started.recv().await.expect("started");
+        },
+    ));
+    wait_until_gone(&pid.get().to_string());
+}

@@ -1,0 +1,6 @@
+//! The gateway over real loopback sockets, against a small scripted device.
+
+mod http;
+mod operator;
+mod session;
+mod support;

@@ -1,0 +1,317 @@
+//! Opening the store of the settings: on disk, or in memory where the disk cannot be used.
+//!
+//! ```text
+//! DIR/clean            there after a clean stop; holds the counts of that moment
+//! DIR/index/           sled
+//! DIR/spool/N.seg      the log
+//! ```
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use async_channel::Sender;
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+use super::disk::{Disk, RealDisk, sync_folder};
+use super::engine::{Bounds, Engine};
+use super::handle::Incarnations;
+use super::index::{self, Index, SledIndex};
+use super::memory::{MemoryDisk, MemoryIndex};
+use super::record::Entry;
+use super::recovery::{self, OpenError};
+use super::segment::INCARNATION_BYTES;
+use super::types::*;
+use crate::ids::AttemptKey;
+use crate::limits::{
+    FINAL_OUTPUT_BYTES_MAX, INDEX_CHECK_MEMORY_BYTES, INDEX_CHECK_TIMEOUT, MEMORY_STORE_BYTES,
+    SEGMENTS_MIN, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN, TERMINAL_RESERVE_BYTES_MIN,
+};
+
+const CLEAN_FILE: &str = "clean";
+const INDEX_DIR: &str = "index";
+const SPOOL_DIR: &str = "spool";
+/// Attempts to find a free name for a store that is set aside.
+const ASIDE_NAMES_MAX: u32 = 100;
+
+/// Opens the store that the settings ask for, or the volatile one. The third is `None` for a store
+/// on disk, else why it is in memory, as far as it was not chosen.
+pub(super) fn open_any(settings: &Settings) -> (Engine, Recovered, Option<Option<String>>) {
+    if settings.memory_only {
+        return (open_memory(settings, &[]), Recovered::default(), Some(None));
+    }
+    match open_disk(settings) {
+        Ok((engine, recovered)) => (engine, recovered, None),
+        Err(why) => {
+            log::error!("{}", failure(settings, &why));
+            let engine = open_memory(settings, &known_attempts(settings));
+            (engine, Recovered::default(), Some(Some(why)))
+        }
+    }
+}
+
+/// Opens the store on disk.
+fn open_disk(settings: &Settings) -> Result<(Engine, Recovered), String> {
+    open_disk_once(settings).or_else(|why| match why {
+        OpenError::Newer(version) => set_aside(&settings.dir, version)
+            .and_then(|()| match open_disk_once(settings) {
+                Ok(opened) => Ok(opened),
+                Err(OpenError::Io(why)) => Err(why),
+                Err(OpenError::Newer(_)) => Err(io::Error::other("it is of a newer format")),
+            })
+            .map_err(|why| why.to_string()),
+        OpenError::Io(why) => Err(why.to_string()),
+    })
+}
+
+fn open_disk_once(settings: &Settings) -> Result<(Engine, Recovered), OpenError> {
+    let dir = &settings.dir;
+    let mut disk = RealDisk::new(&dir.join(SPOOL_DIR))?;
+    // Looks before anything is changed: a newer store stays as it is.
+    recovery::check_versions(&mut disk)?;
+    let clean = take_clean_mark(dir)?;
+    let index_dir = dir.join(INDEX_DIR);
+    let trusted = clean
+        || !index_dir.exists()
+        || settings
+            .index_checker
+            .as_ref()
+            .is_none_or(|checker| passes_check(checker, &index_dir));
+    let index = SledIndex::open(&index_dir, trusted)?;
+    let rebuilt = index.was_rebuilt();
+    let (mut engine, recovered) = recovery::open(
+        Box::new(disk),
+        Box::new(index),
+        bounds(settings),
+        random_name()?,
+        wall_ms,
+    )?;
+    engine.tally.index_rebuilt |= rebuilt;
+    engine.clean_mark = Some(dir.join(CLEAN_FILE));
+    Ok((engine, recovered))
+}
+
+/// Opens a store in memory that knows these attempts to be done.
+pub(super) fn open_memory(settings: &Settings, known: &[(AttemptKey, Entry)]) -> Engine {
+    let mut index = MemoryIndex::default();
+    for (key, entry) in known {
+        index.put(*key, *entry);
+    }
+    let disk: Box<dyn Disk> = Box::new(MemoryDisk::default());
+    let cap_bytes = MEMORY_STORE_BYTES as u64;
+    let bounds = Bounds {
+        cap_bytes,
+        terminal_reserve_bytes: settings.terminal_reserve_bytes.min(cap_bytes / 4),
+        final_output_bytes: settings.final_output_bytes.min(MEMORY_STORE_BYTES / 16),
+    };
+    // Without randomness two volatile stores cannot be told apart; the time is next best.
+    let incarnation = random_name().unwrap_or_else(|_| hex(wall_ms()));
+    match recovery::open(disk, Box::new(index), bounds, incarnation, wall_ms) {
+        Ok((engine, _)) => engine,
+        Err(_) => unreachable!("opening an empty store in memory meets no disk"),
+    }
+}
+
+/// What a store that cannot be opened for writing still tells: attempts that must not run again.
+pub(super) fn known_attempts(settings: &Settings) -> Vec<(AttemptKey, Entry)> {
+    let mut disk = RealDisk::existing(&settings.dir.join(SPOOL_DIR));
+    match recovery::scan(&mut disk, [b'0'; INCARNATION_BYTES]) {
+        Ok(scan) => scan.known(),
+        Err(_) => Vec::new(),
+    }
+}
+
+/// A look at a store that no agent has open.
+pub(super) fn inspect(dir: &Path, cap_bytes: u64) -> io::Result<Counts> {
+    let stopped_with = std::fs::read(dir.join(CLEAN_FILE))
+        .ok()
+        .and_then(|bytes| serde_json::from_slice::<Counts>(&bytes).ok());
+    if let Some(counts) = stopped_with {
+        return Ok(counts);
+    }
+    let mut disk = RealDisk::existing(&dir.join(SPOOL_DIR));
+    match recovery::scan(&mut disk, [b'0'; INCARNATION_BYTES]) {
+        Ok(scan) => Ok(scan.counts(cap_bytes)),
+        Err(OpenError::Io(why)) => Err(why),
+        Err(OpenError::Newer(version)) => Err(io::Error::other(format!(
+            "the store was written by a newer agent, in format {version}"
+        ))),
+    }
+}
+
+/// Leaving memory for the disk.
+pub(super) struct Reopening {
+    pub settings: Settings,
+    pub reopened: Sender<Recovered>,
+    pub incarnations: Arc<Incarnations>,
+}
+
+impl Reopening {
+    /// Opens the disk and takes over the attempts that memory knows to be done.
+    pub fn try_disk(self, finished: &[(AttemptKey, Entry)]) -> Result<Engine, (Reopening, String)> {
+        let (mut engine, mut recovered) = match open_disk(&self.settings) {
+            Ok(opened) => opened,
+            Err(why) => {
+                log::warn!(
+                    "the outbox is still in memory: {}",
+                    failure(&self.settings, &why)
+                );
+                return Err((self, why));
+            }
+        };
+        for (key, entry) in finished {
+            engine.remember(*key, entry.discarded, (entry.status, entry.exit_code));
+        }
+        if let Err(why) = engine.store_memory() {
+            return Err((self, why.to_string()));
+        }
+        recovered
+            .queued
+            .retain(|task| engine.attempts.contains_key(&task.ids.key()));
+        log::info!(
+            "the outbox is on disk again, in {}; {} tasks waited there",
+            self.settings.dir.display(),
+            recovered.queued.len(),
+        );
+        // Set once: a store leaves memory at most once, and the channel holds one.
+        let _ = self.incarnations.second.set(engine.incarnation());
+        let _ = self.reopened.try_send(recovered);
+        Ok(engine)
+    }
+}
+
+/// The sentence for the log when the disk cannot be used.
+pub(super) fn failure(settings: &Settings, why: &str) -> String {
+    format!(
+        "cannot open the outbox in {}: {why}; what is received and printed now does not survive a \
+         restart; make the folder writable and give it room, it is tried again by itself",
+        settings.dir.display(),
+    )
+}
+
+pub(super) fn check_index(dir: &Path) -> bool {
+    let limit = Rlimit {
+        current: Some(INDEX_CHECK_MEMORY_BYTES),
+        maximum: Some(INDEX_CHECK_MEMORY_BYTES),
+    };
+    // Without the limit the check is still worth having: the parent's time limit holds.
+    let _ = setrlimit(Resource::Data, limit);
+    index::check(&dir.join(INDEX_DIR))
+}
+
+/// Opens the index in a child process first, since a damaged one can panic, hang or balloon.
+fn passes_check(checker: &Path, index_dir: &Path) -> bool {
+    let Some(store) = index_dir.parent() else {
+        return false;
+    };
+    let child = Command::new(checker)
+        .arg("__check-index")
+        .arg(store)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(why) => {
+            log::warn!("cannot check the index with {}: {why}", checker.display());
+            return false;
+        }
+    };
+    let deadline = Instant::now() + INDEX_CHECK_TIMEOUT;
+    let mut pause = std::time::Duration::from_millis(1);
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return status.success(),
+            Ok(None) if Instant::now() < deadline => std::thread::sleep(pause),
+            Ok(None) | Err(_) => {
+                // Killed and reaped; if even that fails it is gone already.
+                let _ = child.kill();
+                let _ = child.wait();
+                return false;
+            }
+        }
+        pause = (pause * 2).min(std::time::Duration::from_millis(50));
+    }
+}
+
+/// Whether the last stop was clean; from now on it is not.
+fn take_clean_mark(dir: &Path) -> io::Result<bool> {
+    match std::fs::remove_file(dir.join(CLEAN_FILE)) {
+        Ok(()) => sync_folder(dir).map(|()| true),
+        Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(why) => Err(why),
+    }
+}
+
+pub(super) fn put_clean_mark(path: &Path, counts: &Counts) -> io::Result<()> {
+    let text = serde_json::to_vec(counts)?;
+    let written = path.with_extension("new");
+    let mut file = File::create(&written)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    std::fs::rename(&written, path)?;
+    path.parent().map_or(Ok(()), sync_folder)
+}
+
+/// Puts a newer store beside, whole.
+fn set_aside(dir: &Path, version: u32) -> io::Result<()> {
+    for number in 1..=ASIDE_NAMES_MAX {
+        let mut name = dir.as_os_str().to_owned();
+        name.push(format!(".format-{version}-{number}"));
+        let aside = PathBuf::from(name);
+        if !aside.exists() {
+            std::fs::rename(dir, &aside)?;
+            log::error!(
+                "the outbox in {} was written by a newer agent, in format {version}: it is kept \
+                 as {} and a new one is begun; run the newer agent on it to deliver what it holds",
+                dir.display(),
+                aside.display(),
+            );
+            return Ok(());
+        }
+    }
+    Err(io::Error::other("too many stores have been set aside"))
+}
+
+fn bounds(settings: &Settings) -> Bounds {
+    let cap_bytes = settings
+        .cap_bytes
+        .clamp(SPOOL_CAP_BYTES_MIN, SPOOL_CAP_BYTES_MAX);
+    let reserve = settings.terminal_reserve_bytes;
+    Bounds {
+        cap_bytes,
+        terminal_reserve_bytes: reserve.clamp(TERMINAL_RESERVE_BYTES_MIN, cap_bytes / 2),
+        final_output_bytes: settings
+            .final_output_bytes
+            .min(FINAL_OUTPUT_BYTES_MAX)
+            .min((cap_bytes / SEGMENTS_MIN) as usize),
+    }
+}
+
+fn random_name() -> io::Result<[u8; INCARNATION_BYTES]> {
+    let mut bytes = [0; 8];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let flags = rustix::rand::GetRandomFlags::empty();
+        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
+    }
+    Ok(hex(u64::from_le_bytes(bytes)))
+}
+
+fn hex(number: u64) -> [u8; INCARNATION_BYTES] {
+    let mut name = [0; INCARNATION_BYTES];
+    for (at, digit) in name.iter_mut().enumerate() {
+        let nibble = (number >> (4 * at) & 0xf) as usize;
+        *digit = b"0123456789abcdef"[nibble];
+    }
+    name
+}
+
+pub(super) fn wall_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
+}

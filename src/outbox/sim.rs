@@ -1,0 +1,357 @@
+//! A disk and an index that can crash at every call, for tests.
+//!
+//! Each file keeps what is written and what is durable; directory entries are durable only after
+//! a directory sync. A crash keeps any choice of the unsynced writes, torn at sectors, and of the
+//! unsynced directory changes. After the crash point every call fails.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use super::disk::{Disk, DiskFile};
+use super::index::Index;
+use super::memory::MemoryIndex;
+use super::record::Entry;
+use crate::ids::AttemptKey;
+use crate::limits::SECTOR_BYTES;
+
+/// Small and good enough to choose with; the seed reproduces a run.
+#[derive(Clone)]
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % bound
+    }
+}
+
+/// What a crash keeps of the unsynced writes and directory changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    Nothing,
+    Everything,
+    /// Each sector and each change on its own, by this seed.
+    Some(u64),
+    /// Of each write only its first half.
+    FirstHalf,
+    /// Of each write only its last half.
+    LastHalf,
+}
+
+/// What goes wrong at a chosen call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    Crash,
+    /// This call and so many after it fail.
+    Io(u64),
+    NoSpace(u64),
+}
+
+#[derive(Default, Clone)]
+struct FileState {
+    written: Vec<u8>,
+    durable: Vec<u8>,
+    unsynced: Vec<(usize, Vec<u8>)>,
+}
+
+#[derive(Default)]
+struct World {
+    files: Vec<FileState>,
+    dir: BTreeMap<String, usize>,
+    durable_dir: BTreeMap<String, usize>,
+    index: Vec<(AttemptKey, Entry)>,
+    calls: u64,
+    fault: Option<(u64, Fault)>,
+}
+
+impl World {
+    /// Counts a call that changes something.
+    fn call(&mut self) -> io::Result<()> {
+        let number = self.calls;
+        self.calls += 1;
+        match self.fault {
+            Some((at, Fault::Crash)) if number >= at => Err(io::Error::other("crashed")),
+            Some((at, Fault::Io(count))) if (at..at + count).contains(&number) => {
+                Err(io::Error::other("simulated input/output error"))
+            }
+            Some((at, Fault::NoSpace(count))) if (at..at + count).contains(&number) => {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Clones see the same disk.
+#[derive(Clone, Default)]
+pub struct SimDisk(Arc<Mutex<World>>);
+
+impl SimDisk {
+    fn world(&self) -> MutexGuard<'_, World> {
+        self.0
+            .lock()
+            .expect("no test panics while it holds the disk")
+    }
+
+    pub fn calls(&self) -> u64 {
+        self.world().calls
+    }
+
+    /// The fault comes at the n-th call from now on.
+    pub fn set_fault(&self, after: u64, fault: Fault) {
+        let mut world = self.world();
+        world.fault = Some((world.calls + after, fault));
+    }
+
+    pub fn has_fault(&self) -> bool {
+        self.world().fault.is_some()
+    }
+
+    pub fn clear_fault(&self) {
+        self.world().fault = None;
+    }
+
+    /// The power comes back: what is left is all there is.
+    pub fn crash(&self, keep: Keep) {
+        let mut world = self.world();
+        let mut random = Random::new(match keep {
+            Keep::Some(seed) => seed,
+            _ => 1,
+        });
+        let mut pick = move || match keep {
+            Keep::Nothing => false,
+            Keep::Everything | Keep::FirstHalf | Keep::LastHalf => true,
+            Keep::Some(_) => random.below(2) == 0,
+        };
+        let mut dir = world.durable_dir.clone();
+        for (name, file) in &world.dir {
+            if world.durable_dir.get(name) != Some(file) && pick() {
+                dir.insert(name.clone(), *file);
+            }
+        }
+        for name in world.durable_dir.keys() {
+            if !world.dir.contains_key(name) && pick() {
+                dir.remove(name);
+            }
+        }
+        for file in &mut world.files {
+            for (offset, bytes) in std::mem::take(&mut file.unsynced) {
+                let (from, to) = match keep {
+                    Keep::FirstHalf => (0, bytes.len() / 2 / SECTOR_BYTES * SECTOR_BYTES),
+                    Keep::LastHalf => (bytes.len() / 2 / SECTOR_BYTES * SECTOR_BYTES, bytes.len()),
+                    _ => (0, bytes.len()),
+                };
+                for at in (from..to).step_by(SECTOR_BYTES) {
+                    if pick() {
+                        let sector = &bytes[at..(at + SECTOR_BYTES).min(to)];
+                        put(&mut file.durable, offset + at, sector);
+                    }
+                }
+            }
+            file.written = file.durable.clone();
+        }
+        world.durable_dir = dir.clone();
+        world.dir = dir;
+        world.fault = None;
+    }
+
+    /// All files, for tests that damage them.
+    pub fn names(&self) -> Vec<String> {
+        self.world().dir.keys().cloned().collect()
+    }
+
+    pub fn contents(&self, name: &str) -> Vec<u8> {
+        let world = self.world();
+        world.files[world.dir[name]].written.clone()
+    }
+
+    pub fn overwrite(&self, name: &str, bytes: Vec<u8>) {
+        let mut world = self.world();
+        let file = world.dir[name];
+        world.files[file] = FileState {
+            written: bytes.clone(),
+            durable: bytes,
+            unsynced: Vec::new(),
+        };
+    }
+
+    /// Loses the index.
+    pub fn lose_index(&self) {
+        self.world().index.clear();
+    }
+
+    /// A copy of the disk as it is, on which something else may happen.
+    pub fn fork(&self) -> SimDisk {
+        let world = self.world();
+        SimDisk(Arc::new(Mutex::new(World {
+            files: world.files.clone(),
+            dir: world.dir.clone(),
+            durable_dir: world.durable_dir.clone(),
+            index: world.index.clone(),
+            calls: world.calls,
+            fault: None,
+        })))
+    }
+}
+
+fn put(bytes: &mut Vec<u8>, offset: usize, data: &[u8]) {
+    let end = offset + data.len();
+    if bytes.len() < end {
+        bytes.resize(end, 0);
+    }
+    bytes[offset..end].copy_from_slice(data);
+}
+
+impl Disk for SimDisk {
+    fn list(&mut self) -> io::Result<Vec<String>> {
+        Ok(self.names())
+    }
+
+    fn create(&mut self, name: &str, len: u64) -> io::Result<Box<dyn DiskFile>> {
+        let mut world = self.world();
+        world.call()?;
+        if world.dir.contains_key(name) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        let number = world.files.len();
+        let zeros = vec![0; len as usize];
+        world.files.push(FileState {
+            written: zeros.clone(),
+            durable: Vec::new(),
+            unsynced: vec![(0, zeros)],
+        });
+        world.dir.insert(name.to_owned(), number);
+        Ok(Box::new(SimFile(self.clone(), number)))
+    }
+
+    fn open(&mut self, name: &str) -> io::Result<Box<dyn DiskFile>> {
+        let number = *self.world().dir.get(name).ok_or(io::ErrorKind::NotFound)?;
+        Ok(Box::new(SimFile(self.clone(), number)))
+    }
+
+    fn remove(&mut self, name: &str) -> io::Result<()> {
+        let mut world = self.world();
+        world.call()?;
+        world.dir.remove(name);
+        Ok(())
+    }
+
+    fn sync_dir(&mut self) -> io::Result<()> {
+        let mut world = self.world();
+        world.call()?;
+        world.durable_dir = world.dir.clone();
+        Ok(())
+    }
+
+    fn recycles(&self) -> bool {
+        true
+    }
+}
+
+struct SimFile(SimDisk, usize);
+
+impl DiskFile for SimFile {
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.0.world().files[self.1].written.len() as u64)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let world = self.0.world();
+        let bytes = &world.files[self.1].written;
+        let from = (offset as usize).min(bytes.len());
+        let n = buffer.len().min(bytes.len() - from);
+        buffer[..n].copy_from_slice(&bytes[from..from + n]);
+        Ok(n)
+    }
+
+    fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut world = self.0.world();
+        let verdict = world.call();
+        let crashed = matches!(world.fault, Some((_, Fault::Crash)));
+        let first = world.fault.is_some_and(|(at, _)| world.calls == at + 1);
+        if verdict.is_err() && crashed && !first {
+            return verdict;
+        }
+        // A call that fails may have done its work all the same.
+        let file = &mut world.files[self.1];
+        put(&mut file.written, offset as usize, bytes);
+        file.unsynced.push((offset as usize, bytes.to_vec()));
+        verdict
+    }
+
+    fn sync_data(&mut self) -> io::Result<()> {
+        let mut world = self.0.world();
+        if let Err(why) = world.call() {
+            if !matches!(world.fault, Some((_, Fault::Crash))) {
+                // The pages are marked clean without being on the medium.
+                world.files[self.1].unsynced.clear();
+            }
+            return Err(why);
+        }
+        let file = &mut world.files[self.1];
+        for (offset, bytes) in std::mem::take(&mut file.unsynced) {
+            put(&mut file.durable, offset, &bytes);
+        }
+        Ok(())
+    }
+}
+
+/// An index that keeps what was flushed.
+pub struct SimIndex {
+    disk: SimDisk,
+    memory: MemoryIndex,
+}
+
+impl SimIndex {
+    pub fn open(disk: &SimDisk) -> SimIndex {
+        let mut memory = MemoryIndex::default();
+        for (key, entry) in disk.world().index.iter() {
+            memory.put(*key, *entry);
+        }
+        SimIndex {
+            disk: disk.clone(),
+            memory,
+        }
+    }
+}
+
+impl Index for SimIndex {
+    fn get(&mut self, key: AttemptKey) -> io::Result<Option<Entry>> {
+        self.memory.get(key)
+    }
+
+    fn put(&mut self, key: AttemptKey, entry: Entry) {
+        self.memory.put(key, entry);
+    }
+
+    fn is_backed_up(&self) -> bool {
+        false
+    }
+
+    fn last_order(&self) -> u64 {
+        self.memory.last_order()
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let entries = self.memory.entries();
+        let mut world = self.disk.world();
+        world.call()?;
+        world.index = entries;
+        Ok(())
+    }
+
+    fn entries(&mut self) -> Vec<(AttemptKey, Entry)> {
+        self.memory.entries()
+    }
+
+    fn take_rebuilt(&mut self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,364 @@
+//! One connection from its dial to its end: handshake, pings, deadlines, redial.
+
+use std::time::Duration;
+
+use log::{info, warn};
+
+use super::{EXTENSIONS, Effect, Lease, Now, Session, Settings, hello};
+use crate::ids::{AttemptKey, Ids, Stream};
+use crate::limits::{BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, PONG_TIMEOUT};
+use crate::wire::message_id::Piece;
+use crate::wire::{Hello, HelloAck, MessageId};
+
+#[derive(Debug)]
+pub(super) enum Link {
+    /// The WebSocket is disabled.
+    Off,
+    Down {
+        dial_at: Now,
+    },
+    Dialing {
+        deadline: Now,
+    },
+    /// Connected; the hello is being prepared or its acknowledgement awaited.
+    Handshake {
+        deadline: Now,
+        hello: Option<SentHello>,
+    },
+    Active {
+        since: Now,
+        heard_at: Now,
+        pinged_at: Now,
+        proven: bool,
+    },
+}
+
+/// What has to be known of the hello to understand its acknowledgement.
+#[derive(Debug)]
+pub(super) struct SentHello {
+    message_id: String,
+    /// First sequence held of each stream that waits.
+    first_held: Vec<(AttemptKey, Stream, u64)>,
+}
+
+/// The state of the WebSocket session as an operator sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinkState {
+    Off,
+    Down,
+    Connecting,
+    Handshake,
+    Active,
+}
+
+impl Link {
+    pub fn is_active(&self) -> bool {
+        matches!(self, Link::Active { .. })
+    }
+
+    pub fn state(&self) -> LinkState {
+        match self {
+            Link::Off => LinkState::Off,
+            Link::Down { .. } => LinkState::Down,
+            Link::Dialing { .. } => LinkState::Connecting,
+            Link::Handshake { .. } => LinkState::Handshake,
+            Link::Active { .. } => LinkState::Active,
+        }
+    }
+
+    pub fn since(&self) -> Option<Now> {
+        match self {
+            Link::Active { since, .. } => Some(*since),
+            _ => None,
+        }
+    }
+
+    pub fn next_deadline(&self, settings: &Settings) -> Option<Now> {
+        match *self {
+            Link::Off => None,
+            Link::Down { dial_at } => Some(dial_at),
+            Link::Dialing { deadline } | Link::Handshake { deadline, .. } => Some(deadline),
+            Link::Active {
+                since,
+                heard_at,
+                pinged_at,
+                proven,
+            } => {
+                let ping = pinged_at + settings.ping_interval;
+                let pong = (pinged_at > heard_at).then_some(pinged_at + PONG_TIMEOUT);
+                let reset = (!proven).then_some(since + BACKOFF_RESET);
+                pong.into_iter().chain(reset).chain([ping]).min()
+            }
+        }
+    }
+}
+
+impl<C: Copy + Ord + Default> Session<C> {
+    /// The upgrade has succeeded.
+    pub fn connected(&mut self, now: Now) {
+        self.link = Link::Handshake {
+            deadline: now + HANDSHAKE_TIMEOUT,
+            hello: None,
+        };
+        self.effects.push_back(Effect::PrepareHello);
+    }
+
+    /// The dial has failed, or the server refused the upgrade.
+    pub fn dial_failed(&mut self, why: &str, retry_after: Option<Duration>, now: Now) {
+        self.go_down(&format!("cannot connect: {why}"), retry_after, now);
+    }
+
+    /// The connection has ended.
+    pub fn disconnected(&mut self, why: &str, now: Now) {
+        self.go_down(why, None, now);
+    }
+
+    /// Ends the connection from this side.
+    pub(super) fn close(&mut self, why: &str, retry_after: Option<Duration>, now: Now) {
+        if matches!(self.link, Link::Off | Link::Down { .. }) {
+            return;
+        }
+        self.effects.push_back(Effect::Close);
+        self.go_down(why, retry_after, now);
+    }
+
+    fn go_down(&mut self, why: &str, retry_after: Option<Duration>, now: Now) {
+        let was_active = self.link.is_active();
+        if matches!(self.link, Link::Off | Link::Down { .. }) {
+            return;
+        }
+        let delay = self.backoff.fail(retry_after, &mut self.random);
+        let seconds = delay.as_secs_f32();
+        if was_active {
+            warn!("disconnected: {why}; next try in {seconds:.1} s");
+            self.down_since = now;
+        } else {
+            warn!("{why}; next try in {seconds:.1} s");
+        }
+        self.last_error = Some(why.to_owned());
+        self.link = Link::Down {
+            dial_at: now + delay,
+        };
+        self.lease = None;
+        self.binary_granted = false;
+        self.cancel_granted = false;
+        self.delivery.end();
+        self.gate.session_down(now);
+        self.reports.look_again();
+    }
+
+    /// The snapshot for the hello is ready.
+    pub fn hello_ready(&mut self, mut hello: Hello, first_held: Vec<(AttemptKey, Stream, u64)>) {
+        let message_id = self.make_message_id("hello");
+        let Link::Handshake {
+            hello: sent @ None, ..
+        } = &mut self.link
+        else {
+            return;
+        };
+        *sent = Some(SentHello {
+            message_id: message_id.clone(),
+            first_held,
+        });
+        // A final that is being reported must not go over the WebSocket meanwhile.
+        if let Some(busy) = self.reports.busy() {
+            hello.unacked_finals.retain(|entry| {
+                AttemptKey::of(&entry.task_id, &entry.execution_attempt_id) != busy
+            });
+        }
+        hello.capabilities.results_enabled = self.settings.results;
+        hello.capabilities.delivery_enabled = self.settings.delivery;
+        hello.capabilities.extensions = EXTENSIONS.map(str::to_owned).to_vec();
+        hello::bound(&mut hello);
+        self.effects.push_back(Effect::SendHello {
+            hello: Box::new(hello),
+            message_id,
+        });
+    }
+
+    /// Anything has arrived, pongs included.
+    pub fn heard(&mut self, now: Now) {
+        if let Link::Active { heard_at, .. } = &mut self.link {
+            *heard_at = now;
+        }
+    }
+
+    /// The server has acknowledged something: it works.
+    pub(super) fn prove_link(&mut self) {
+        if let Link::Active { proven, .. } = &mut self.link
+            && !*proven
+        {
+            *proven = true;
+            self.backoff.reset();
+        }
+    }
+
+    pub(super) fn hello_acknowledged(&mut self, ack: HelloAck, now: Now) {
+        let Link::Handshake {
+            hello: Some(sent), ..
+        } = &mut self.link
+        else {
+            self.close("hello_ack out of turn", None, now);
+            return;
+        };
+        if ack.acked_type != "agent.hello" || ack.acked_message_id != sent.message_id {
+            self.close("hello_ack for another hello", None, now);
+            return;
+        }
+        let first_held = std::mem::take(&mut sent.first_held);
+        let delivery_enabled = self.settings.delivery && ack.delivery_enabled;
+        self.link = Link::Active {
+            since: now,
+            heard_at: now,
+            pinged_at: now,
+            proven: false,
+        };
+        self.binary_granted = ack.grants("binary_output");
+        self.cancel_granted = ack.grants("cancel");
+        self.lease = ack
+            .lease_interval_seconds
+            .filter(|&seconds| seconds > 0 && ack.grants("lease"))
+            .map(|seconds| {
+                let interval = Duration::from_secs(seconds.min(86_400));
+                Lease {
+                    interval,
+                    next_at: now + interval,
+                }
+            });
+        info!(
+            "connected; delivery over the WebSocket is {}",
+            if delivery_enabled { "on" } else { "off" }
+        );
+        self.delivery.begin();
+        self.delivery.withhold(self.reports.busy());
+        self.gate.session_active(delivery_enabled, now);
+        if ack.has_directives() {
+            self.follow_directives(ack, &first_held);
+        }
+        let running = self.tasks.running();
+        let others: Vec<_> = running
+            .iter()
+            .filter(|task| task.started_at.is_some() && task.ids.has_result_channel())
+            .skip(1)
+            .map(|task| task.ids.clone())
+            .collect();
+        for ids in others {
+            self.effects.push_back(Effect::SendStarted(ids));
+        }
+    }
+
+    /// PROTOCOL.md 4.5. What is not listed is sent as without directives.
+    fn follow_directives(&mut self, ack: HelloAck, first_held: &[(AttemptKey, Stream, u64)]) {
+        for id in ack.acknowledged_final_message_ids.unwrap_or_default() {
+            match self.own_message(&id) {
+                Some((key, Piece::Final)) => self.push_ack(super::Ack::Final { key }),
+                _ => info!("hello_ack acknowledges {id:.80}, which is no final of this store"),
+            }
+        }
+        for discarded in ack.discarded_attempts.unwrap_or_default() {
+            let Some(ids) = Ids::new(&discarded.task_id, &discarded.execution_attempt_id) else {
+                continue;
+            };
+            let key = ids.key();
+            let reason = discarded.reason.unwrap_or_default();
+            warn!("task {ids}: the server discards it: {reason:.200}");
+            self.tasks.remove(key);
+            self.effects.push_back(Effect::Discard(key));
+        }
+        for replay in ack.output_replay.unwrap_or_default() {
+            let key = AttemptKey::of(&replay.task_id, &replay.execution_attempt_id);
+            let (stream, next) = (replay.stream, replay.next_sequence.max(1));
+            if next > 1 {
+                self.push_ack(super::Ack::Output {
+                    key,
+                    stream,
+                    sequence: next - 1,
+                    cumulative: true,
+                });
+            }
+            let hole = first_held
+                .iter()
+                .any(|&(of, on, first)| (of, on) == (key, stream) && first > next);
+            if hole {
+                self.delivery.expect(key, stream, next);
+            }
+        }
+    }
+
+    /// The attempt and piece that a message id names, if this store made it.
+    pub(super) fn own_message(&self, id: &str) -> Option<(AttemptKey, Piece)> {
+        MessageId::parse(id)
+            .filter(|id| id.incarnation == self.incarnation)
+            .map(|id| (id.key, id.piece))
+    }
+
+    pub(super) fn push_ack(&mut self, ack: super::Ack) {
+        let full = match self.acks.push(ack) {
+            Ok(()) => return,
+            Err(ack) => ack,
+        };
+        let acks = std::mem::take(&mut self.acks);
+        self.effects.push_back(Effect::Acknowledge(Box::new(acks)));
+        let pushed = self.acks.push(full);
+        debug_assert!(pushed.is_ok(), "the list was just emptied");
+    }
+
+    pub(super) fn is_hello(&self, id: &str) -> bool {
+        match &self.link {
+            Link::Handshake {
+                hello: Some(sent), ..
+            } => sent.message_id == id,
+            _ => id
+                .strip_prefix(self.incarnation.as_str())
+                .is_some_and(|rest| rest.starts_with("-hello-")),
+        }
+    }
+
+    pub(super) fn in_handshake(&self) -> bool {
+        matches!(self.link, Link::Handshake { .. })
+    }
+
+    pub(super) fn advance_link(&mut self, now: Now) {
+        match self.link {
+            Link::Off => {}
+            Link::Down { dial_at } => {
+                if now >= dial_at {
+                    self.link = Link::Dialing {
+                        deadline: now + 2 * CONNECT_TIMEOUT,
+                    };
+                    self.effects.push_back(Effect::Dial);
+                }
+            }
+            Link::Dialing { deadline } => {
+                if now >= deadline {
+                    self.close("cannot connect: no answer in time", None, now);
+                }
+            }
+            Link::Handshake { deadline, .. } => {
+                if now >= deadline {
+                    self.close("the server did not answer the hello in time", None, now);
+                }
+            }
+            Link::Active {
+                since,
+                heard_at,
+                pinged_at,
+                proven,
+            } => {
+                if pinged_at > heard_at && now >= pinged_at + PONG_TIMEOUT {
+                    self.close("the server does not answer pings", None, now);
+                    return;
+                }
+                if !proven && now >= since + BACKOFF_RESET {
+                    self.prove_link();
+                }
+                if now >= pinged_at + self.settings.ping_interval
+                    && let Link::Active { pinged_at, .. } = &mut self.link
+                {
+                    *pinged_at = now;
+                    self.effects.push_back(Effect::Ping);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Which attempts wait and which run: in order of priority, then of arrival.
+
+use std::sync::Arc;
+
+use super::Now;
+use crate::ids::{AttemptKey, Ids};
+use crate::limits::{CONCURRENCY_MAX, TASK_QUEUE_MAX};
+
+/// A recorded attempt that waits for its start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct QueuedTask {
+    pub ids: Arc<Ids>,
+    /// A larger number is more urgent.
+    pub priority: i64,
+    pub timeout_seconds: Option<u64>,
+}
+
+#[derive(Debug, Clone)]
+pub struct RunningTask {
+    pub ids: Arc<Ids>,
+    pub key: AttemptKey,
+    /// `None` until its process runs.
+    pub started_at: Option<Now>,
+}
+
+#[derive(Debug)]
+pub struct Tasks {
+    /// In order of arrival.
+    queue: Vec<QueuedTask>,
+    /// Receipts under way: they will need a place.
+    recording: usize,
+    running: heapless::Vec<RunningTask, CONCURRENCY_MAX>,
+    concurrency: usize,
+    stopping: bool,
+}
+
+impl Tasks {
+    pub fn new(concurrency: usize) -> Tasks {
+        Tasks {
+            queue: Vec::new(),
+            recording: 0,
+            running: heapless::Vec::new(),
+            concurrency: concurrency.clamp(1, CONCURRENCY_MAX),
+            stopping: false,
+        }
+    }
+
+    /// Whether a further attempt may be recorded.
+    pub fn has_room(&self) -> bool {
+        !self.stopping && self.queue.len() + self.recording < TASK_QUEUE_MAX
+    }
+
+    pub fn begin_recording(&mut self) {
+        self.recording += 1;
+    }
+
+    pub fn end_recording(&mut self) {
+        self.recording = self.recording.saturating_sub(1);
+    }
+
+    /// Queues a recorded attempt. Recovered ones may be more than [`TASK_QUEUE_MAX`]: they have
+    /// been promised already, and the store bounds them.
+    pub fn push(&mut self, task: QueuedTask) {
+        self.queue.push(task);
+    }
+
+    /// Takes an attempt that has not started out of the queue.
+    pub fn remove(&mut self, key: AttemptKey) -> Option<QueuedTask> {
+        let index = self.queue.iter().position(|task| task.ids.key() == key)?;
+        Some(self.queue.remove(index))
+    }
+
+    /// The next attempt to start, which then holds a place until [`Tasks::ended`].
+    pub fn start_next(&mut self) -> Option<QueuedTask> {
+        if self.stopping || self.running.len() >= self.concurrency {
+            return None;
+        }
+        let most_urgent = self.queue.iter().map(|task| task.priority).max()?;
+        let index = self
+            .queue
+            .iter()
+            .position(|task| task.priority == most_urgent)?;
+        let task = self.queue.remove(index);
+        let place = self.running.push(RunningTask {
+            ids: task.ids.clone(),
+            key: task.ids.key(),
+            started_at: None,
+        });
+        debug_assert!(place.is_ok(), "concurrency is within its bound");
+        Some(task)
+    }
+
+    /// Its process runs.
+    pub fn started(&mut self, key: AttemptKey, now: Now) -> Option<&RunningTask> {
+        let task = self.running.iter_mut().find(|task| task.key == key)?;
+        task.started_at = Some(now);
+        Some(task)
+    }
+
+    pub fn ended(&mut self, key: AttemptKey) {
+        self.running.retain(|task| task.key != key);
+    }
+
+    /// From now on nothing is accepted or started.
+    pub fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Oldest start first.
+    pub fn running(&self) -> &[RunningTask] {
+        &self.running
+    }
+
+    pub fn queued(&self) -> usize {
+        self.queue.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn task(name: &str, priority: i64) -> QueuedTask {
+        QueuedTask {
+            ids: Arc::new(Ids::new(name, "a").expect("short")),
+            priority,
+            timeout_seconds: None,
+        }
+    }
+
+    fn started(tasks: &mut Tasks) -> Option<String> {
+        tasks.start_next().map(|task| task.ids.task.to_string())
+    }
+
+    #[test]
+    fn priority_goes_first_then_arrival_and_places_are_bounded() {
+        let mut tasks = Tasks::new(2);
+        for (name, priority) in [("a", 0), ("b", 5), ("c", 5), ("d", -1)] {
+            tasks.push(task(name, priority));
+        }
+        assert_eq!(started(&mut tasks).as_deref(), Some("b"));
+        assert_eq!(started(&mut tasks).as_deref(), Some("c"));
+        assert_eq!(started(&mut tasks), None, "both places are taken");
+        tasks.ended(AttemptKey::of("b", "a"));
+        assert_eq!(started(&mut tasks).as_deref(), Some("a"));
+        assert!(tasks.remove(AttemptKey::of("d", "a")).is_some());
+        tasks.ended(AttemptKey::of("c", "a"));
+        assert_eq!(started(&mut tasks), None, "the queue is empty");
+    }
+
+    #[test]
+    fn receipts_under_way_count_as_queued() {
+        let mut tasks = Tasks::new(1);
+        for _ in 0..TASK_QUEUE_MAX {
+            assert!(tasks.has_room());
+            tasks.begin_recording();
+        }
+        assert!(!tasks.has_room());
+        tasks.end_recording();
+        assert!(tasks.has_room());
+        tasks.stop();
+        assert!(!tasks.has_room());
+    }
+}
