@@ -128,7 +128,11 @@ fn answer(request: &Request, inner: &Arc<Inner>) -> Answer {
     let is_poll = request.method == "GET" && request.path == TASKS_PATH;
     let is_heartbeat = request.method == "POST" && request.path == heartbeat_path(AGENT_ID);
     if is_poll || is_heartbeat {
-        inner.record(if is_poll { Event::Poll } else { Event::Heartbeat });
+        inner.record(if is_poll {
+            Event::Poll
+        } else {
+            Event::Heartbeat
+        });
         return script(request).unwrap_or_else(|| {
             let policy = lock(&inner.policy);
             Answer::json(&match is_poll {
@@ -285,7 +289,9 @@ fn read_request(reader: &mut BufReader<&TcpStream>) -> std::io::Result<Option<Re
         body: Vec::new(),
     };
     if request.header("expect").is_some() {
-        reader.get_mut().write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        reader
+            .get_mut()
+            .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
     }
     if request.header("transfer-encoding").is_some() {
         request.body = read_chunked(reader)?;

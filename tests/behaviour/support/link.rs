@@ -129,7 +129,7 @@ fn handle(link: &Arc<Link>, text: &str) {
         let mut rules = lock(&link.rules);
         lock(&inner.ledger).check(&mut rules, &frame, text.len())
     };
-    inner.record(Event::Frame(frame.clone()));
+    inner.record(Event::Frame(Box::new(frame.clone())));
     if let Err(rule) = checked {
         inner.record(Event::Broken(rule));
     }
@@ -197,9 +197,8 @@ impl Link {
     /// Highest sequence that this server has taken of each stream.
     pub fn taken(&self) -> Vec<(Ids, Stream, u64)> {
         let taken = lock(&self.inner.taken);
-        let entry = |((ids, stream), highest): (&(Ids, Stream), &u64)| {
-            (ids.clone(), *stream, *highest)
-        };
+        let entry =
+            |((ids, stream), highest): (&(Ids, Stream), &u64)| (ids.clone(), *stream, *highest);
         taken.iter().map(entry).collect()
     }
 
@@ -240,8 +239,7 @@ impl Link {
     }
 
     fn ack_payload(&self, frame: &Frame) -> Value {
-        let mut payload =
-            json!({"acked_message_id": frame.message_id, "acked_type": frame.kind});
+        let mut payload = json!({"acked_message_id": frame.message_id, "acked_type": frame.kind});
         if let Some(ids) = frame.ids() {
             payload["task_id"] = ids.task.as_str().into();
             payload["execution_attempt_id"] = ids.attempt.as_str().into();

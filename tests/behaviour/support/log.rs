@@ -1,7 +1,7 @@
 //! The record of everything that the server saw and said, in order, and questions about it.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::time::{Duration, Instant};
 
 use hostlink_edge::ids::{Ids, Stream};
@@ -97,23 +97,65 @@ pub enum Event {
         status: u16,
     },
     /// A request whose signature, time or agent was not accepted.
-    Unauthorized { path: String, why: String },
+    Unauthorized {
+        path: String,
+        why: String,
+    },
     Poll,
     Heartbeat,
     Report {
         task_id: String,
         report: ReceivedReport,
     },
-    ReportAnswered { task_id: String, status: u16 },
-    UpgradeRefused { status: u16 },
-    Opened { conn: usize },
-    Frame(Frame),
-    Sent { conn: usize, text: String },
-    Closed { conn: usize, why: String },
+    ReportAnswered {
+        task_id: String,
+        status: u16,
+    },
+    UpgradeRefused {
+        status: u16,
+    },
+    Opened {
+        conn: usize,
+    },
+    Frame(Box<Frame>),
+    Sent {
+        conn: usize,
+        text: String,
+    },
+    Closed {
+        conn: usize,
+        why: String,
+    },
     /// The agent broke a rule of PROTOCOL.md.
     Broken(String),
     /// A remark of the test.
     Note(String),
+}
+
+/// One line of the timeline.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Event::Registration { request, status } => {
+                let fingerprint = &request.fingerprint;
+                write!(f, "registration of {fingerprint}: {status}")
+            }
+            Event::Unauthorized { path, why } => write!(f, "401 for {path}: {why}"),
+            Event::Poll => f.write_str("poll"),
+            Event::Heartbeat => f.write_str("heartbeat"),
+            Event::Report { task_id, report } => write!(f, "report of {task_id}: {report:?}"),
+            Event::ReportAnswered { task_id, status } => {
+                write!(f, "report of {task_id} was answered {status}")
+            }
+            Event::UpgradeRefused { status } => write!(f, "upgrade refused with {status}"),
+            Event::Opened { conn } => write!(f, "connection {conn} opened"),
+            Event::Frame(frame) => write!(f, "<- [{}] {}", frame.conn, frame.raw),
+            Event::Sent { conn, text } => write!(f, "-> [{conn}] {text}"),
+            Event::Closed { conn, why } => write!(f, "connection {conn} closed: {why}"),
+            Event::Broken(rule) => write!(f, "BROKEN RULE: {rule}"),
+            Event::Note(text) => write!(f, "# {text}"),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -152,14 +194,14 @@ impl Log {
 
     pub fn frames(&self) -> impl DoubleEndedIterator<Item = &Frame> {
         self.entries.iter().filter_map(|entry| match &entry.event {
-            Event::Frame(frame) => Some(frame),
+            Event::Frame(frame) => Some(frame.as_ref()),
             _ => None,
         })
     }
 
     pub fn frames_after(&self, mark: usize) -> impl Iterator<Item = &Frame> {
         self.after(mark).filter_map(|event| match event {
-            Event::Frame(frame) => Some(frame),
+            Event::Frame(frame) => Some(frame.as_ref()),
             _ => None,
         })
     }
@@ -258,12 +300,12 @@ impl Log {
         let left_out = self.entries.len().saturating_sub(TIMELINE_ENTRIES);
         let mut text = format!("--- server timeline ({left_out} older entries left out)\n");
         for (order, entry) in self.entries.iter().enumerate().skip(left_out) {
-            let line = match &entry.event {
-                Event::Frame(frame) => format!("<- [{}] {}", frame.conn, frame.raw),
-                Event::Sent { conn, text } => format!("-> [{conn}] {text}"),
-                other => format!("{other:?}"),
-            };
-            let line: String = line.chars().take(TIMELINE_CHARS).collect();
+            let line: String = entry
+                .event
+                .to_string()
+                .chars()
+                .take(TIMELINE_CHARS)
+                .collect();
             let at = entry.at.as_secs_f64();
             writeln!(text, "{order:5} {at:8.3} {line}").expect("a string takes all writes");
         }
