@@ -136,9 +136,9 @@ pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
 pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;
 /// Encoded frames waiting in the data lane of the write loop.
 pub const DATA_LANE_FRAMES: usize = 4;
-/// The WebSocket library's write buffer is flushed at this size …
+/// The write loop masks frames into one buffer of this size and writes it when it is full.
 pub const WRITE_BUFFER_BYTES: usize = 64 * KIB;
-/// … and fails beyond this one, so a single final must fit: two texts, each byte of which JSON may
+/// The largest frame that the agent can send is a final: two texts, each byte of which JSON may
 /// write as six, and the envelope.
 pub const WRITE_BUFFER_BYTES_MAX: usize =
     WRITE_BUFFER_BYTES + 2 * 6 * FINAL_OUTPUT_BYTES_MAX + 64 * KIB;
@@ -271,6 +271,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
 //   net        data lane, DATA_LANE_FRAMES × 16 KiB, six times that if JSON must escape     384 KiB
 //              one inbound message, raw and decoded                                       2,048 KiB
+//              write buffer and read buffers                                                 96 KiB
 //
 // One CPU-bound device runs one task (the default concurrency) and needs a quarter of the first
 // three lines.

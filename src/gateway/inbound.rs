@@ -282,3 +282,40 @@ pub fn coalesce(replies: Vec<Reply>) -> Vec<ServerMessage> {
     kept.reverse();
     kept
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_acknowledgement_a_stream_is_enough_and_all_else_stays_in_order() {
+        let ids = |task| Ids::new(task, "a").expect("short");
+        let ack = |message_id: &str, stream: Option<(Ids, Stream)>| Reply {
+            message: ServerMessage::Ack(Ack {
+                acked_message_id: message_id.into(),
+                acked_type: String::new(),
+                task_id: None,
+                execution_attempt_id: None,
+                highest_output_sequence: None,
+            }),
+            stream,
+        };
+        let out = |task| Some((ids(task), Stream::Stdout));
+        let replies = vec![
+            ack("started", None),
+            ack("t-out-1", out("t")),
+            ack("t-err-1", Some((ids("t"), Stream::Stderr))),
+            ack("u-out-1", out("u")),
+            ack("t-out-2", out("t")),
+            ack("final", None),
+        ];
+        let kept: Vec<String> = coalesce(replies)
+            .into_iter()
+            .map(|message| match message {
+                ServerMessage::Ack(ack) => ack.acked_message_id,
+                other => panic!("no ack: {other:?}"),
+            })
+            .collect();
+        assert_eq!(kept, ["started", "t-err-1", "u-out-1", "t-out-2", "final"]);
+    }
+}

@@ -86,6 +86,12 @@ impl Api {
         *self.signer.borrow_mut() = Some(signer);
     }
 
+    /// Closes a connection that has been idle for too long; to be called now and then, since
+    /// nothing runs here between the calls.
+    pub fn close_idle(&self) {
+        self.client.close_idle();
+    }
+
     /// Unsigned: the token in the request is what authenticates it.
     pub async fn register(
         &self,

@@ -12,6 +12,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::url::Url;
 
+/// A smaller correction is the age of the header and the rounding of its seconds.
+const WORTH_TELLING_SECONDS: u64 = 5;
+
 /// Shared by all who sign; clones see what one learns.
 #[derive(Debug, Clone)]
 pub struct ServerClock {
@@ -53,16 +56,18 @@ impl ServerClock {
         if !tls && !self.plain_trusted {
             return false;
         }
-        let offset = i128::from(server_unix) - i128::from(system_unix());
+        let correction_seconds = server_unix.abs_diff(self.now_unix());
         self.learnt.set(Some(Learnt {
             server_unix,
             at: since_boot(),
         }));
-        log::warn!(
-            "the system clock is {} s {} the server's; requests are signed with the server's time",
-            offset.abs(),
-            if offset >= 0 { "behind" } else { "ahead of" },
-        );
+        if correction_seconds > WORTH_TELLING_SECONDS {
+            log::warn!(
+                "the system clock differs from the server's by {} s; requests are signed with the \
+                 server's time",
+                server_unix.abs_diff(system_unix())
+            );
+        }
         true
     }
 }

@@ -101,6 +101,19 @@ impl HttpClient {
         }
     }
 
+    /// Closes the kept connection if it was not used for as long as the settings allow.
+    pub fn close_idle(&self) {
+        let mut kept = self.kept.borrow_mut();
+        if kept.as_ref().is_some_and(|kept| self.is_expired(kept)) {
+            *kept = None;
+        }
+    }
+
+    fn is_expired(&self, kept: &Kept) -> bool {
+        let idle = since_boot().saturating_sub(kept.idle_since);
+        idle > self.dialer.timeouts().keep_alive
+    }
+
     /// Sends a request and reads the whole answer, whatever its status, within the timeout.
     pub async fn request(&self, request: &HttpRequest) -> Result<HttpAnswer, NetError> {
         let timeout = self.dialer.timeouts().request;
@@ -131,8 +144,7 @@ impl HttpClient {
     /// The kept connection, if it is still good as far as can be seen.
     async fn take_kept(&self) -> Option<Kept> {
         let mut kept = self.kept.borrow_mut().take()?;
-        let idle = since_boot().saturating_sub(kept.idle_since);
-        if idle > self.dialer.timeouts().keep_alive {
+        if self.is_expired(&kept) {
             return None;
         }
         // Lets the connection see an end that has arrived meanwhile.

@@ -42,7 +42,7 @@ pub use error::NetError;
 pub use identity::{Identity, IdentityError};
 pub use signature::{Signer, verify_signature};
 pub use url::{Kind, Url};
-pub use websocket::{Incoming, WsReader, WsWriter, connect_websocket};
+pub use websocket::{Incoming, Utf8Bytes, WsReader, WsWriter, connect_websocket};
 pub use write_loop::{Control, write_loop};
 
 /// What the layer needs to know. The PEM files are read again for each connection, since

@@ -9,9 +9,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use async_channel::Sender;
+use async_tungstenite::tungstenite::WebSocket;
+use async_tungstenite::tungstenite::handshake::derive_accept_key;
+use async_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use futures_lite::future;
 use openssl::asn1::Asn1Time;
+use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
+use openssl::nid::Nid;
 use openssl::pkey::{PKey, Private};
 use openssl::rsa::Rsa;
 use openssl::ssl::{SslAcceptor, SslMethod, SslVerifyMode};
@@ -21,7 +27,8 @@ use openssl::x509::{X509, X509Name};
 use super::clock::ServerClock;
 use super::signature::Signer;
 use super::url::{Kind, Url};
-use super::{Dialer, Settings};
+use super::{Control, Dialer, NetError, Settings, WsReader, WsWriter};
+use super::{connect_websocket, write_loop};
 
 /// Runs a test's future; one that stands still fails instead of hanging.
 pub fn run<T>(test: impl Future<Output = T>) -> T {
@@ -229,7 +236,7 @@ pub fn serve_tls(certificate: &Certified, client_ca: Option<&X509>) -> u16 {
     })
 }
 
-fn acceptor(certificate: &Certified, client_ca: Option<&X509>) -> SslAcceptor {
+pub fn acceptor(certificate: &Certified, client_ca: Option<&X509>) -> SslAcceptor {
     let mut acceptor =
         SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server()).expect("acceptor");
     acceptor.set_private_key(&certificate.key).expect("key");
@@ -264,6 +271,68 @@ pub fn drain(stream: &mut TcpStream) -> usize {
         count += length;
     }
     count
+}
+
+// ---- WebSocket --------------------------------------------------------------------------------
+
+/// A server that upgrades every connection and then does what the test wants with the socket.
+pub fn upgrading(session: impl Fn(TcpStream) + Send + Sync + 'static) -> u16 {
+    serve(move |number, mut stream| {
+        let mut reader = BufReader::with_capacity(1, stream.try_clone().expect("clone"));
+        let request = read_request(number, &mut reader).expect("request");
+        stream
+            .write_all(accepted(&request).as_bytes())
+            .expect("upgraded");
+        session(stream);
+    })
+}
+
+pub fn accepted(request: &Received) -> String {
+    let key = request.header("sec-websocket-key").expect("key");
+    format!(
+        "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Accept: {}\r\n\r\n",
+        derive_accept_key(key.as_bytes())
+    )
+}
+
+/// The server's side as the library speaks it, without limits.
+pub fn peer(stream: TcpStream) -> WebSocket<TcpStream> {
+    let config = WebSocketConfig::default()
+        .max_frame_size(None)
+        .max_message_size(None);
+    WebSocket::from_raw_socket(stream, Role::Server, Some(config))
+}
+
+pub async fn connect(port: u16) -> Result<(WsWriter, WsReader), NetError> {
+    connect_within(port, Duration::from_secs(20), Duration::from_secs(20)).await
+}
+
+pub async fn connect_within(
+    port: u16,
+    upgrade: Duration,
+    write: Duration,
+) -> Result<(WsWriter, WsReader), NetError> {
+    let base = format!("http://127.0.0.1:{port}");
+    let mut settings = settings(&base);
+    settings.timeouts.upgrade = upgrade;
+    settings.timeouts.write = write;
+    let url = settings.websocket.clone();
+    let signer = signer("agent-1", &base);
+    connect_websocket(&Dialer::new(settings), &url, &signer).await
+}
+
+/// Lanes for a write loop: the senders, and the loop itself.
+pub fn lanes(
+    writer: WsWriter,
+) -> (
+    Sender<Control>,
+    Sender<Vec<u8>>,
+    impl Future<Output = String>,
+) {
+    let (control, control_lane) = async_channel::bounded(16);
+    let (data, data_lane) = async_channel::bounded(4);
+    (control, data, write_loop(writer, control_lane, data_lane))
 }
 
 // ---- certificates -----------------------------------------------------------------------------
@@ -302,8 +371,9 @@ fn certified(
     days: (i64, i64),
 ) -> Certified {
     static SERIAL: AtomicU32 = AtomicU32::new(1);
-    let rsa = Rsa::generate(2048).expect("key");
-    let key = PKey::from_rsa(rsa).expect("key");
+    let group = EcGroup::from_curve_name(Nid::X9_62_PRIME256V1).expect("curve");
+    let key = EcKey::generate(&group).expect("key");
+    let key = PKey::from_ec_key(key).expect("key");
     let mut subject = X509Name::builder().expect("name");
     subject
         .append_entry_by_text("CN", common_name)

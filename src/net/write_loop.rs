@@ -281,3 +281,6 @@ impl Masks {
         Ok(mask)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,4 +3,5 @@
 mod http;
 mod operator;
 mod session;
+mod store;
 mod support;

@@ -466,8 +466,22 @@ fn cancelling_reaches_the_device_or_ends_the_attempt_here() {
             received_at: String::new(),
         }];
         operator.cancel(&task.task_id, None).await.unwrap();
-        let (_wire, ack) = device.connect(&old).await;
+        let (mut wire, ack) = device.connect(&old).await;
         assert_eq!(ack.discarded_attempts.unwrap().len(), 1);
+        let info = operator.task(&task.task_id).await.unwrap();
+        assert_eq!(info.status, "interrupted");
+
+        // The delivery was lost on its way: the next hello shows it, and the attempt is over.
+        let task = gateway.submit("lost").await;
+        assert_eq!(wire.receive_delivery().await.command, "lost");
+        operator.cancel(&task.task_id, None).await.unwrap();
+        let info = operator.task(&task.task_id).await.unwrap();
+        assert_eq!(
+            (info.status.as_str(), info.cancel_requested),
+            ("pending", true)
+        );
+        old.received_not_started.clear();
+        let _session = device.connect(&old).await;
         let info = operator.task(&task.task_id).await.unwrap();
         assert_eq!(info.status, "interrupted");
         gateway.stop().await;
@@ -506,6 +520,8 @@ fn what_could_not_be_stored_is_not_acknowledged_and_is_taken_later() {
         let (mut wire, _) = device.connect(&hello()).await;
         wire.output(&attempt, OUT, 1, b"one").await;
         assert_eq!(wire.receive_ack(&chunk_id(OUT, 1)).await, Some(1));
+        gateway.stop().await;
+        let gateway = Running::plain(&executor, &directory).await;
         let info = gateway.operator().task(&task.task_id).await.unwrap();
         assert_eq!((info.stdout.highest_sequence, info.stdout.bytes), (1, 3));
         gateway.stop().await;

@@ -130,6 +130,31 @@ fn an_idle_connection_is_not_used_again() {
 }
 
 #[test]
+fn an_idle_connection_is_closed_when_it_is_looked_after() {
+    let (closed_sender, closed) = async_channel::bounded::<usize>(1);
+    let port = testing::serve(move |number, mut stream| {
+        let mut reader = std::io::BufReader::new(stream.try_clone().expect("clone"));
+        while testing::read_request(number, &mut reader).is_some() {
+            let text = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]";
+            std::io::Write::write_all(&mut stream, text).expect("answered");
+        }
+        closed_sender.send_blocking(number).expect("told");
+    });
+    let mut settings = testing::settings(&format!("http://127.0.0.1:{port}"));
+    run(async {
+        let api = api_with(settings.clone());
+        api.poll().await.expect("polled");
+        api.close_idle();
+        assert!(closed.is_empty(), "not idle for long enough");
+        settings.timeouts.keep_alive = Duration::ZERO;
+        let api_of_short_patience = api_with(settings);
+        api_of_short_patience.poll().await.expect("polled");
+        api_of_short_patience.close_idle();
+        assert_eq!(closed.recv().await, Ok(1));
+    });
+}
+
+#[test]
 fn bodies_and_heads_are_bounded() {
     let check = |step: Step, expected: &str| {
         let server = Scripted::new([step]);
