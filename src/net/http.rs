@@ -275,10 +275,10 @@ async fn read_body(mut body: Incoming) -> Result<Vec<u8>, String> {
 
 fn no_answer(error: &hyper::Error) -> String {
     let detail = with_causes(error);
-    if error.is_parse_too_large() {
-        format!("the head of the answer is longer than {RESPONSE_HEAD_BYTES_MAX} bytes ({detail})")
-    } else if error.is_parse() {
-        format!("the answer is not HTTP ({detail})")
+    if error.is_parse() {
+        format!(
+            "the answer is not HTTP, or its head is longer than {RESPONSE_HEAD_BYTES_MAX} bytes ({detail})"
+        )
     } else if error.is_incomplete_message() || error.is_canceled() {
         format!("the server closed the connection before it answered ({detail})")
     } else {
