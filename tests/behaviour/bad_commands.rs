@@ -5,15 +5,16 @@ use hostlink_edge::ids::FinalStatus;
 use crate::support::{Agent, ScriptedServer, Task};
 
 fn refused_with_reason(server: &ScriptedServer, task: &Task, reason: &str) {
-    let frame = server.wait_final(task);
-    let result = frame.result().expect("a final has a result");
+    let end = server.wait_end(task);
     server.check_eq(
-        (result.status, result.exit_code),
+        (end.status, end.exit_code),
         (FinalStatus::Failed, -1),
         "end of the attempt",
     );
-    let error = result.error.as_deref().unwrap_or_default();
-    server.check(error.contains(reason), &format!("{reason:?} in {error:?}"));
+    server.check(
+        end.error.contains(reason),
+        &format!("{reason:?} in {end:?}"),
+    );
 }
 
 #[test]
@@ -47,8 +48,7 @@ fn a_large_command_within_the_limit_runs() {
     let long = format!("{} # {}", agent.trace("large"), "x".repeat(1000 * 1000));
     let task = Task::new("large", long);
     server.policy(|policy| policy.poll_tasks = vec![task.polled()]);
-    let frame = server.wait_final(&task);
-    server.check_eq(frame.result().map(|r| r.exit_code), Some(0), "exit code");
+    server.check_eq(server.wait_end(&task).exit_code, 0, "exit code");
     server.check_eq(agent.runs("large"), 1, "runs");
 }
 
@@ -71,5 +71,5 @@ fn a_bad_task_in_a_poll_spoils_no_other() {
     let nameless = serde_json::json!({"id": "", "command": "true"});
     let odd = serde_json::json!({"id": 5, "command": ["true"]});
     server.policy(|policy| policy.poll_tasks = vec![nameless, odd, good.polled()]);
-    server.wait_final(&good);
+    server.wait_end(&good);
 }

@@ -62,7 +62,7 @@ fn a_task_over_its_time_is_ended_with_all_its_children() {
         )
     };
     let got = result(&server, &task);
-    server.check_eq(got, failed(-1, "timed out after 1s"), "end of the task");
+    server.check_eq(got, failed(-1, "timed out after 1 s"), "end of the task");
     server.run_another("afterwards");
     server.check_eq(agent.runs("slow"), 0, "the child went on");
 }

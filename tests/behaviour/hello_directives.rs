@@ -47,7 +47,10 @@ fn acknowledged_finals_are_removed() {
     let server = ScriptedServer::start();
     let _agent = Agent::start(&server);
     server.acknowledge_nothing();
-    let (known, unknown) = (Task::new("known", "exit 1"), Task::new("unknown", "exit 2"));
+    let (known, unknown) = (
+        Task::new("known", "echo known; exit 1"),
+        Task::new("unknown", "echo unknown; exit 2"),
+    );
     server.deliver(&known);
     let first = server.wait_final(&known);
     server.deliver(&unknown);

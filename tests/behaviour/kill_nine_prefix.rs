@@ -43,31 +43,31 @@ fn the_stream_is_a_prefix_and_the_command_never_runs_twice() {
         std::thread::sleep(Duration::from_micros(moment));
         agent.kill();
         agent.start_again();
-        let result = server.wait_final(&task);
+        let end = server.wait_end(&task);
         // The final is delivered once more to those who ask; the next round must not see it.
         server.policy(|policy| policy.deliver_on_hello.clear());
 
         let runs = agent.runs(&name);
-        let status = result.result().map(|r| (r.status, r.exit_code));
+        let status = (end.status, end.exit_code);
         let context = format!(
             "round {round} (seed {}), {runs} runs, {status:?}",
             random.seed
         );
         for stream in Stream::ALL {
             let text = server.look(|log| log.text(&task.ids, stream));
-            let whole = status == Some((FinalStatus::Completed, 0));
+            let whole = status == (FinalStatus::Completed, 0);
             server.check(
                 expected.starts_with(&text) && (!whole || text == expected),
                 &format!("{context}: {} is no prefix: {text:.300?}", stream.as_str()),
             );
         }
         match status {
-            Some((FinalStatus::Interrupted, -1)) => {
+            (FinalStatus::Interrupted, -1) => {
                 interrupted += 1;
                 server.check(runs <= 1, &context);
             }
             // Killed before the start was recorded: it ran after the restart, once.
-            Some((FinalStatus::Completed, 0)) => server.check(runs == 1, &context),
+            (FinalStatus::Completed, 0) => server.check(runs == 1, &context),
             _ => server.fail(&context),
         }
     }

@@ -17,22 +17,22 @@ fn a_received_attempt_is_run_after_the_restart() {
     agent.kill();
     server.check_eq(agent.runs("queued"), 0, "runs before the restart");
     agent.start_again();
-    let result = server.wait_final(&queued);
     server.check_eq(
-        result.result().map(|r| r.status),
-        Some(FinalStatus::Completed),
+        server.wait_end(&queued).status,
+        FinalStatus::Completed,
         "status of the attempt that had been received",
     );
+    server.wait_frame("task.output", &queued);
     server.check_eq(
         server.look(|log| log.stdout(&queued.ids)),
         "at last\n".into(),
         "output",
     );
     server.check_eq(agent.runs("queued"), 1, "runs");
-    let interrupted = server.wait_final(&running);
+    let interrupted = server.wait_end(&running);
     server.check_eq(
-        interrupted.result().map(|r| (r.status, r.exit_code)),
-        Some((FinalStatus::Interrupted, -1)),
+        (interrupted.status, interrupted.exit_code),
+        (FinalStatus::Interrupted, -1),
         "end of the attempt that had been running",
     );
 }

@@ -18,13 +18,13 @@ fn a_short_task_finishes() {
     server.deliver(&task);
     let status = agent.wait_exit();
     server.check_eq(status.code(), Some(0), "exit status");
-    if server.look(|log| log.first_final(&task.ids).is_none()) {
+    if server.look(|log| log.end(&task.ids).is_none()) {
         agent.start_again();
     }
-    let result = server.wait_final(&task);
+    let end = server.wait_end(&task);
     server.check_eq(
-        result.result().map(|r| (r.status, r.output.clone())),
-        Some((FinalStatus::Completed, Some("finished\n".to_owned()))),
+        (end.status, end.output),
+        (FinalStatus::Completed, "finished\n".to_owned()),
         "end of the task",
     );
     server.check_eq(
@@ -52,15 +52,13 @@ fn a_long_task_is_ended_and_recorded() {
     let pid = std::fs::read_to_string(agent.path("pid")).expect("the task wrote its pid");
     let alive = Path::new("/proc").join(pid.trim()).join("cwd").exists();
     server.check(!alive, "the task's group is ended");
-    if server.look(|log| log.first_final(&task.ids).is_none()) {
+    if server.look(|log| log.end(&task.ids).is_none()) {
         agent.start_again();
     }
-    let result = server.wait_final(&task);
+    let end = server.wait_end(&task);
     server.check_eq(
-        result
-            .result()
-            .map(|r| (r.status, r.exit_code, r.output.clone())),
-        Some((FinalStatus::Interrupted, -1, Some("printed\n".to_owned()))),
+        (end.status, end.exit_code, end.output),
+        (FinalStatus::Interrupted, -1, "printed\n".to_owned()),
         "end of the task",
     );
 }
@@ -78,7 +76,7 @@ fn an_idle_agent_stops_and_a_queued_attempt_waits_for_the_next_start() {
     server.check_eq(agent.terminate().code(), Some(0), "exit status");
     server.check_eq(agent.runs("queued"), 0, "no task is started while stopping");
     agent.start_again();
-    server.wait_final(&queued);
+    server.wait_end(&queued);
     server.check_eq(agent.runs("queued"), 1, "runs");
     server.check_eq(agent.terminate().code(), Some(0), "exit status when idle");
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::{self, Write};
 use std::time::{Duration, Instant};
 
-use hostlink_edge::ids::{Ids, Stream};
+use hostlink_edge::ids::{FinalStatus, Ids, Stream};
 use hostlink_edge::wire::agent_message::ReceivedMessage;
 use hostlink_edge::wire::http::{ReceivedReport, RegisterRequest};
 use hostlink_edge::wire::{FinalPayload, Hello};
@@ -165,6 +165,33 @@ pub struct Entry {
     pub event: Event,
 }
 
+/// How an attempt ended, whichever way the server was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct End {
+    pub status: FinalStatus,
+    pub exit_code: i32,
+    pub output: String,
+    pub error: String,
+}
+
+impl End {
+    /// A report knows no `interrupted`: its error says so (PROTOCOL.md 2, Report).
+    fn reported(report: &ReceivedReport) -> End {
+        let error = report.error.clone().unwrap_or_default();
+        let status = match report.status.as_str() {
+            "completed" => FinalStatus::Completed,
+            _ if error.contains("interrupted") => FinalStatus::Interrupted,
+            _ => FinalStatus::Failed,
+        };
+        End {
+            status,
+            exit_code: report.exit_code,
+            output: report.output.clone().unwrap_or_default(),
+            error,
+        }
+    }
+}
+
 pub struct Log {
     started: Instant,
     pub entries: Vec<Entry>,
@@ -250,6 +277,37 @@ impl Log {
 
     pub fn stderr(&self, ids: &Ids) -> String {
         self.text(ids, Stream::Stderr)
+    }
+
+    /// How an attempt ended, by `task.final` or by a report that was taken, whichever came first.
+    pub fn end(&self, ids: &Ids) -> Option<End> {
+        let mut report = None;
+        for entry in &self.entries {
+            match &entry.event {
+                Event::Frame(frame) if frame.ids() == Some(ids) => {
+                    if let Some(result) = frame.result() {
+                        return Some(End {
+                            status: result.status,
+                            exit_code: result.exit_code,
+                            output: result.output.clone().unwrap_or_default(),
+                            error: result.error.clone().unwrap_or_default(),
+                        });
+                    }
+                }
+                Event::Report {
+                    task_id,
+                    report: body,
+                } if *task_id == *ids.task => {
+                    report = Some(End::reported(body));
+                }
+                Event::ReportAnswered {
+                    task_id,
+                    status: 200,
+                } if *task_id == *ids.task => return report,
+                _ => {}
+            }
+        }
+        None
     }
 
     pub fn hello(&self, conn: usize) -> Option<&Hello> {

@@ -16,7 +16,7 @@ use serde_json::Value;
 use super::agent::AgentLog;
 use super::http::{self, Answer, Request};
 use super::link::{Link, Reaction};
-use super::log::{Event, Frame, Log};
+use super::log::{End, Event, Frame, Log};
 use super::rules::Ledger;
 use super::{Task, lock};
 
@@ -233,6 +233,14 @@ impl ScriptedServer {
     pub fn wait_final(&self, task: &Task) -> Frame {
         self.wait_for(&format!("the final of {}", task.ids), |log| {
             log.first_final(&task.ids).cloned()
+        })
+    }
+
+    /// Waits until the server knows how the attempt ended. A final without output may go by report
+    /// whenever no session is active (PROTOCOL.md 4.7).
+    pub fn wait_end(&self, task: &Task) -> End {
+        self.wait_for(&format!("the end of {}", task.ids), |log| {
+            log.end(&task.ids)
         })
     }
 
