@@ -1,0 +1,265 @@
+//! The agent as a real process, driven only from outside: environment, signals, files, stderr.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::lock;
+use super::server::{DEADLINE, ScriptedServer, TOKEN_ID, TOKEN_KEY};
+
+const LINES_SHOWN: usize = 200;
+
+/// What an agent wrote to stderr, over all its lives.
+#[derive(Default)]
+pub struct AgentLog {
+    lines: Mutex<Vec<String>>,
+    changed: Condvar,
+}
+
+impl AgentLog {
+    fn push(&self, line: String) {
+        lock(&self.lines).push(line);
+        self.changed.notify_all();
+    }
+
+    pub fn text(&self) -> String {
+        let lines = lock(&self.lines);
+        let shown = &lines[lines.len().saturating_sub(LINES_SHOWN)..];
+        format!("--- stderr of the agent\n{}\n", shown.join("\n"))
+    }
+
+    pub fn contains(&self, part: &str) -> bool {
+        lock(&self.lines).iter().any(|line| line.contains(part))
+    }
+}
+
+struct Process {
+    pid: Pid,
+    ended: Receiver<ExitStatus>,
+}
+
+pub struct Agent {
+    /// Temporary directory of this test; the state directory is in it.
+    pub dir: PathBuf,
+    env: BTreeMap<String, String>,
+    process: Option<Process>,
+    log: Arc<AgentLog>,
+}
+
+impl Agent {
+    /// Registered, connected and idle soon after.
+    pub fn start(server: &ScriptedServer) -> Agent {
+        Agent::with(server, &[])
+    }
+
+    /// As [`Agent::start`], with these settings over the defaults of the tests.
+    pub fn with(server: &ScriptedServer, settings: &[(&str, &str)]) -> Agent {
+        let mut agent = Agent::prepare(server);
+        for (key, value) in settings {
+            agent.set(key, value);
+        }
+        agent.start_again();
+        agent
+    }
+
+    /// Directory and settings, nothing started yet.
+    pub fn prepare(server: &ScriptedServer) -> Agent {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("hostlink-behaviour-{}-{number}", std::process::id());
+        let dir = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(dir.join("state")).expect("a temporary directory");
+        let mut agent = Agent {
+            dir,
+            env: BTreeMap::new(),
+            process: None,
+            log: Arc::default(),
+        };
+        server.show_on_failure(Arc::clone(&agent.log));
+        let state = agent.state().display().to_string();
+        for (key, value) in [
+            ("SH_CONTROL_PLANE_URL", server.url().as_str()),
+            ("HOSTLINK_STATE_PATH", &state),
+            ("HOSTLINK_TOKEN_ID", TOKEN_ID),
+            ("HOSTLINK_TOKEN_KEY", TOKEN_KEY),
+            ("HOSTLINK_WS_RECONNECT_MIN", "100ms"),
+            ("HOSTLINK_WS_RECONNECT_MAX", "1s"),
+            ("HOSTLINK_TASK_POLL_INTERVAL", "100ms"),
+            ("HOSTLINK_HEARTBEAT_INTERVAL", "0"),
+            ("HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY", "50ms"),
+            ("HOSTLINK_LOG", "debug"),
+            ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"),
+            ("HOME", "/"),
+            ("LANG", "C.UTF-8"),
+        ] {
+            agent.set(key, value);
+        }
+        agent
+    }
+
+    /// Takes effect at the next start.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.env.insert(key.to_owned(), value.to_owned());
+    }
+
+    pub fn unset(&mut self, key: &str) {
+        self.env.remove(key);
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.running().pid.as_raw_nonzero().get()
+    }
+
+    fn running(&self) -> &Process {
+        self.process.as_ref().expect("the agent was started")
+    }
+
+    /// Starts the process, on the state that is there.
+    pub fn start_again(&mut self) {
+        assert!(self.process.is_none(), "the agent runs already");
+        let mut child = Command::new(env!("CARGO_BIN_EXE_hostlink-edge"))
+            .arg("run")
+            .env_clear()
+            .envs(&self.env)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the agent's binary can be started");
+        let pid = Pid::from_child(&child);
+        let stderr = child.stderr.take().expect("stderr is piped");
+        let log = Arc::clone(&self.log);
+        log.push(format!("=== process {}", child.id()));
+        let (tell, ended) = channel();
+        std::thread::spawn(move || {
+            let mut lines = BufReader::new(stderr).split(b'\n');
+            while let Some(Ok(line)) = lines.next() {
+                log.push(String::from_utf8_lossy(&line).into_owned());
+            }
+        });
+        std::thread::spawn(move || {
+            let status = child.wait().expect("a child can be waited for");
+            let _ = tell.send(status);
+        });
+        self.process = Some(Process { pid, ended });
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.running().pid, signal).expect("the agent runs");
+    }
+
+    /// `kill -9`, and waits until the process is gone.
+    pub fn kill(&mut self) {
+        self.signal(Signal::KILL);
+        self.wait_exit();
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        self.wait_exit()
+    }
+
+    pub fn wait_exit(&mut self) -> ExitStatus {
+        let process = self.process.take().expect("the agent was started");
+        match process.ended.recv_timeout(DEADLINE) {
+            Ok(status) => status,
+            Err(error) => {
+                let _ = kill_process(process.pid, Signal::KILL);
+                panic!("the agent did not end ({error})\n{}", self.log.text());
+            }
+        }
+    }
+
+    /// `Some` if the process has ended by itself.
+    pub fn has_ended(&self) -> bool {
+        // A disconnected channel also means that it has ended.
+        !matches!(
+            self.running().ended.recv_timeout(Duration::ZERO),
+            Err(RecvTimeoutError::Timeout)
+        )
+    }
+
+    pub fn log(&self) -> &AgentLog {
+        &self.log
+    }
+
+    /// Waits until a line of stderr contains `part`, whatever its case.
+    pub fn wait_line(&self, part: &str) {
+        let part = part.to_lowercase();
+        let deadline = Instant::now() + DEADLINE;
+        let mut lines = lock(&self.log.lines);
+        while !lines.iter().any(|line| line.to_lowercase().contains(&part)) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(lines);
+                panic!("no line says {part:?}\n{}", self.log.text());
+            }
+            lines = match self.log.changed.wait_timeout(lines, left) {
+                Ok((lines, _)) => lines,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+        }
+    }
+
+    /// Highest resident memory of the running process so far, KiB.
+    pub fn peak_resident_kib(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.pid());
+        let status = std::fs::read_to_string(path).expect("the agent runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number
+            .and_then(|number| number.parse().ok())
+            .expect("a line VmHWM in /proc/PID/status")
+    }
+
+    // ---- what commands of tasks do -------------------------------------------------------------
+
+    /// Shell words that wait until the test calls [`Agent::release`] with the same name. They end
+    /// too when the test is over.
+    pub fn hold(&self, name: &str) -> String {
+        let dir = self.dir.display();
+        format!("while [ -d {dir}/state ] && [ ! -e {dir}/{name} ]; do sleep 0.02; done")
+    }
+
+    pub fn release(&self, name: &str) {
+        std::fs::write(self.dir.join(name), b"").expect("the test's directory is writable");
+    }
+
+    /// Shell words that leave a trace of one run.
+    pub fn trace(&self, name: &str) -> String {
+        format!("echo run >> {}/{name}.runs", self.dir.display())
+    }
+
+    /// How often the command with this trace ran.
+    pub fn runs(&self, name: &str) -> usize {
+        let path = self.dir.join(format!("{name}.runs"));
+        std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        Path::join(&self.dir, name)
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(process) = &self.process {
+            let _ = kill_process(process.pid, Signal::KILL);
+            let _ = process.ended.recv_timeout(DEADLINE);
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
