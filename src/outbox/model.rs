@@ -107,6 +107,8 @@ impl Tester {
             Ok(opened) => opened,
             Err(why) => {
                 assert!(self.disk.has_fault(), "a good disk opens: {why:?}");
+                // It may have gone back under the cap before it crashed.
+                self.dropped = true;
                 return false;
             }
         };
