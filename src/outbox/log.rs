@@ -288,7 +288,9 @@ impl Log {
                 false => Ok(()),
             });
         if let Err(why) = made {
-            // A leftover is void: no later header names it, and it holds no unit.
+            // A leftover says where the log ended before it, so nothing may be added there. It is
+            // void: no later header names it, and it holds no unit.
+            self.active = None;
             let _ = self.disk.remove(&file_name(name));
             self.dir_unsynced = true;
             return Err(why.into());
