@@ -306,10 +306,16 @@ impl Engine {
             _ => {}
         }
         self.tally.chunks_dropped += chunks;
-        log::warn!(
-            "attempt {}: {chunks} chunks dropped from the outbox ({record:?})",
-            attempt.ids
-        );
+        let why = match record {
+            Record::Discarded => "the server discarded the attempt",
+            Record::Truncated { .. } => "the server never takes the stream",
+            Record::Rejected { .. } => "the server refused it",
+            _ => return,
+        };
+        if chunks > 0 {
+            let ids = &attempt.ids;
+            log::warn!("task {ids}: {chunks} chunks of output dropped from the outbox: {why}");
+        }
     }
 
     // ---- side units ---------------------------------------------------------------------------
