@@ -38,7 +38,8 @@ fn stderr_is_journal() -> bool {
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let ours = metadata.target().starts_with(env!("CARGO_CRATE_NAME"));
-        let bound = if ours || self.level == LevelFilter::Trace {
+        // Others print what they carry: frames, headers, task output.
+        let bound = if ours {
             self.level
         } else {
             self.level.min(LevelFilter::Warn)
@@ -125,6 +126,6 @@ mod tests {
         check(LevelFilter::Debug, "other_crate::part", Level::Info, false);
         check(LevelFilter::Info, "other_crate::part", Level::Warn, true);
         check(LevelFilter::Error, "other_crate::part", Level::Warn, false);
-        check(LevelFilter::Trace, "other_crate::part", Level::Trace, true);
+        check(LevelFilter::Trace, "other_crate::part", Level::Info, false);
     }
 }

@@ -86,7 +86,9 @@ async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) ->
         let input = match reader.next().await {
             Ok(Incoming::Text(frame)) => Input::Frame(id, frame),
             Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
-            Ok(Incoming::Closed(why)) | Err(why) => return why,
+            // The write loop answers the close and ends.
+            Ok(Incoming::Closed(_)) => return future::pending().await,
+            Err(why) => return why,
         };
         context.tell(input).await;
     }

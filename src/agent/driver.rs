@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_channel::{Receiver, Sender};
+use async_channel::{Receiver, Sender, TrySendError};
 use async_tungstenite::tungstenite::Utf8Bytes;
 use futures_lite::{FutureExt, future};
 use log::{debug, info, warn};
@@ -41,7 +41,9 @@ pub enum Input {
     Batch(Box<outbox::Batch>),
     Located(AttemptKey, Stream, Option<Cursor>),
     Offered(Box<TaskOffer>),
-    Recorded(QueuedTask, Recorded),
+    Recorded(QueuedTask, Recorded, bool),
+    /// Something was dropped from the store.
+    Settled,
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
@@ -112,6 +114,7 @@ impl Driver {
             if self.stop_is_complete(now) {
                 break;
             }
+            self.context.api.close_idle();
             self.wait(&inputs, &appended).await;
             for _ in 0..INPUTS_PER_TURN {
                 match inputs.try_recv() {
@@ -203,8 +206,11 @@ impl Driver {
             | Input::Snapshot(..) => {}
             Input::Batch(batch) => self.take_batch(*batch, now),
             Input::Located(key, stream, at) => self.session.located(key, stream, at, now),
-            Input::Offered(offer) => self.session.offered(*offer, now),
-            Input::Recorded(task, outcome) => self.session.recorded(task, outcome, now),
+            Input::Offered(offer) => self.session.offered(*offer, false, now),
+            Input::Recorded(task, outcome, delivered) => {
+                self.session.recorded(task, outcome, delivered, now);
+            }
+            Input::Settled => self.session.settled(),
             Input::TaskStarted(key) => self.session.task_started(key, now),
             Input::TaskEnded(key) => {
                 self.running.remove(&key);
@@ -213,8 +219,14 @@ impl Driver {
             Input::FinalStored => self.session.final_stored(),
             Input::Finals(waiting) => self.session.finals_listed(&waiting),
             Input::Reported(ids, result) => self.session.reported(&ids, &result, now),
-            Input::Polled(failed) => self.session.polled(failed, now),
-            Input::HeartbeatDone(failed) => self.session.heartbeat_done(failed, now),
+            Input::Polled(failed) => {
+                self.forget_http_error(failed.is_none());
+                self.session.polled(failed, now);
+            }
+            Input::HeartbeatDone(failed) => {
+                self.forget_http_error(failed.is_none());
+                self.session.heartbeat_done(failed, now);
+            }
             Input::HttpFailed(why) => {
                 // The same trouble is told once.
                 if self.last_http_error.as_deref() == Some(why.as_str()) {
@@ -230,6 +242,13 @@ impl Driver {
                 let _ = reply.try_send(self.status(now));
             }
             Input::Terminate => self.terminate(now),
+        }
+    }
+
+    /// After a success, the same trouble is told again.
+    fn forget_http_error(&mut self, success: bool) {
+        if success {
+            self.last_http_error = None;
         }
     }
 
@@ -261,8 +280,11 @@ impl Driver {
             incarnation: self.incarnation.clone(),
         };
         if let Some(connection) = &self.connection {
-            let room = connection.batches.try_send(out);
-            debug_assert!(room.is_ok(), "the session counts the batches in the writer");
+            let sent = connection.batches.try_send(out);
+            debug_assert!(
+                !matches!(sent, Err(TrySendError::Full(_))),
+                "the session counts the batches in the writer"
+            );
         }
     }
 

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_channel::TrySendError;
 use log::warn;
 
 use super::driver::{Driver, Input};
@@ -87,24 +88,29 @@ impl Driver {
                 let piece = match piece {
                     Piece::Output(stream, sequence) => outbox::Piece::Output { stream, sequence },
                     Piece::Final => outbox::Piece::Final,
-                    Piece::Received | Piece::Started => return,
+                    Piece::Received | Piece::Started => return context.tell(Input::Settled).await,
                 };
                 told(
                     "remove a refused message",
                     context.outbox.reject(key, piece).await,
                 );
+                context.tell(Input::Settled).await;
             }),
             Effect::GiveUpStream { key, stream } => context.clone().spawn(async move {
                 let given_up = context.outbox.give_up_stream(key, stream).await;
                 told("give up a stream", given_up);
+                context.tell(Input::Settled).await;
             }),
             Effect::Discard(key) => context.clone().spawn(async move {
                 told("discard an attempt", context.outbox.discard(key).await);
+                context.tell(Input::Settled).await;
             }),
             Effect::DropFinal(key) => context.clone().spawn(async move {
                 told("drop a final", context.outbox.drop_final(key).await);
             }),
-            Effect::Record(offer) => context.clone().spawn(record(context, *offer)),
+            Effect::Record { offer, delivered } => {
+                context.clone().spawn(record(context, *offer, delivered));
+            }
             Effect::Start(queued) => {
                 let (stop, stopped) = async_channel::bounded(1);
                 self.running.insert(queued.ids.key(), stop);
@@ -151,9 +157,9 @@ impl Driver {
         let Some(connection) = &self.connection else {
             return;
         };
-        if connection.control.try_send(control).is_err() {
-            let why = "the server does not read".to_owned();
-            self.disconnected(&why);
+        // A closed lane means that the word of the connection's end is on its way.
+        if let Err(TrySendError::Full(_)) = connection.control.try_send(control) {
+            self.disconnected("the server does not read");
         }
     }
 
@@ -231,7 +237,7 @@ async fn offer(
 }
 
 /// Records an offered task durably. A command that can never run ends at once.
-async fn record(context: Rc<Context>, offer: TaskOffer) {
+async fn record(context: Rc<Context>, offer: TaskOffer, delivered: bool) {
     let ids = Arc::new(offer.ids);
     let unusable = if offer.command.len() > COMMAND_BYTES_MAX {
         Some(format!(
@@ -278,7 +284,9 @@ async fn record(context: Rc<Context>, offer: TaskOffer) {
         priority: offer.priority,
         timeout_seconds: offer.timeout_seconds,
     };
-    context.tell(Input::Recorded(task, outcome)).await;
+    context
+        .tell(Input::Recorded(task, outcome, delivered))
+        .await;
 }
 
 /// The key that names an attempt in the driver's tables.

@@ -35,6 +35,8 @@ pub fn run(config: Config) -> u8 {
 
 async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     let begun = boot_time();
+    // First of all: a stop during the start is an orderly one too.
+    let signals = Signals::new([Signal::Term, Signal::Int]);
     let _lock = match lock::acquire(&config.state_path) {
         Ok(lock) => Some(lock),
         Err(error @ LockError::Held { .. }) => {
@@ -69,7 +71,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     let (inputs, to_driver) = async_channel::bounded(INPUTS_WAITING);
     let (terminate, terminated) = async_channel::bounded(1);
     executor
-        .spawn(watch_signals(inputs.clone(), terminate))
+        .spawn(watch_signals(signals, inputs.clone(), terminate))
         .detach();
     info!(
         "hostlink-edge {} for {}",
@@ -267,8 +269,12 @@ fn outbox_settings(config: &Config) -> outbox::Settings {
 }
 
 /// The first TERM or INT stops the agent in order; a further one ends running tasks at once.
-async fn watch_signals(inputs: Sender<Input>, terminate: Sender<()>) {
-    let mut signals = match Signals::new([Signal::Term, Signal::Int]) {
+async fn watch_signals(
+    signals: std::io::Result<Signals>,
+    inputs: Sender<Input>,
+    terminate: Sender<()>,
+) {
+    let mut signals = match signals {
         Ok(signals) => signals,
         Err(error) => {
             warn!("signals cannot be handled, a stop will be abrupt: {error}");

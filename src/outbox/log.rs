@@ -288,7 +288,9 @@ impl Log {
                 false => Ok(()),
             });
         if let Err(why) = made {
-            // A leftover is void: no later header names it, and it holds no unit.
+            // A leftover says where the log ended before it, so nothing may be added there. It is
+            // void: no later header names it, and it holds no unit.
+            self.active = None;
             let _ = self.disk.remove(&file_name(name));
             self.dir_unsynced = true;
             return Err(why.into());
@@ -329,10 +331,24 @@ impl Log {
     }
 
     /// Takes a segment out of the log. The caller has made sure that nothing of it is needed.
-    pub fn retire(&mut self, generation: u64) {
+    ///
+    /// # Errors
+    /// It is guarded, and could not be made unreadable for good: it stays, and so must its guard.
+    pub fn retire(&mut self, generation: u64) -> io::Result<()> {
         let Some(at) = self.position(generation) else {
-            return;
+            return Ok(());
         };
+        let guarded = self
+            .segments
+            .iter()
+            .any(|guard| guard.header.guards_predecessor && guard.header.predecessor == generation);
+        let name = self.segments[at].name;
+        let blanked = self.blank(name, guarded);
+        if guarded {
+            blanked
+                .as_ref()
+                .map_err(|why| io::Error::from(why.kind()))?;
+        }
         if at + 1 == self.segments.len() {
             self.active = None;
         }
@@ -340,19 +356,25 @@ impl Log {
         let recycled = segment.header.capacity == self.segment_bytes
             && self.free.len() < FREE_FILES_MAX
             && self.disk.recycles()
-            && self.blank(segment.name).is_ok();
+            && blanked.is_ok();
         if recycled {
-            self.free.push(segment.name);
+            self.free.push(name);
         } else {
-            self.remove_file(segment.name);
+            self.remove_file(name);
         }
+        Ok(())
     }
 
-    /// Takes the header off a file, so that a restart does not read it. Not synced: if it comes
-    /// back after a power cut, what it holds is known to be done.
-    fn blank(&mut self, name: u64) -> io::Result<()> {
+    /// Takes the header off a file, so that a restart does not read it. If it is not synced it may
+    /// come back after a power cut; what it holds is then known to be done, except behind the
+    /// confirmed end of a segment that is guarded.
+    fn blank(&mut self, name: u64, durably: bool) -> io::Result<()> {
         let mut file = self.disk.open(&file_name(name))?;
-        file.write_at(&[0; HEADER_BYTES as usize], 0)
+        file.write_at(&[0; HEADER_BYTES as usize], 0)?;
+        match durably {
+            true => file.sync_data(),
+            false => Ok(()),
+        }
     }
 
     fn remove_file(&mut self, name: u64) {

@@ -23,6 +23,8 @@
 
 mod attempts;
 mod commit;
+#[cfg(test)]
+mod crashes;
 mod disk;
 mod engine;
 mod facts;

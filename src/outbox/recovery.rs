@@ -3,8 +3,8 @@
 //! Unit n+1 proves that unit n was synced. So an unreadable unit before a later valid one, or
 //! before the end that the successor's header confirms, is damage: its good records count and the
 //! rest is lost. After the last valid unit it is the tail that was never confirmed, dropped whole.
-//! Before anything of what was read is relied on it is synced, since the page cache may hold what
-//! the medium does not.
+//! Before anything of what was read is relied on, the last unit is written once more and synced,
+//! since the page cache may hold what the medium does not.
 
 use std::collections::HashMap;
 use std::io;
@@ -46,6 +46,9 @@ pub(super) struct Scan {
     pub segments: Vec<Segment>,
     pub incarnation: [u8; INCARNATION_BYTES],
     pub records_damaged: u64,
+    /// Offset and length of the last unit of the last segment; `None` if it has none, and then its
+    /// header is what may be unsynced.
+    last_unit: Option<(u64, u64)>,
     /// Files that are no segments; the first are of standard length and may be used again.
     void: Vec<u64>,
     end: LogEnd,
@@ -70,10 +73,16 @@ pub(super) fn open(
     clock_ms: fn() -> u64,
 ) -> Result<(Engine, Recovered), OpenError> {
     let mut scan = scan(disk.as_mut(), new_incarnation)?;
-    // Only the last segments may have been written since their last sync: an older one was synced
-    // before its successor was begun.
-    for segment in scan.segments.iter().rev().take(2) {
-        disk.open(&file_name(segment.name))?.sync_data()?;
+    // Only the last unit may be unsynced: all before it are proven by it, or by the header of the
+    // segment that it stands in. If its sync has failed, its pages may be marked clean without
+    // being on the medium, and only writing them again makes a sync mean something.
+    if let Some(segment) = scan.segments.last() {
+        let (offset, bytes) = scan.last_unit.unwrap_or((0, HEADER_BYTES));
+        let mut file = disk.open(&file_name(segment.name))?;
+        let mut unit = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+        let read = file.read_at(&mut unit, offset)?;
+        file.write_at(&unit[..read], offset)?;
+        file.sync_data()?;
     }
     disk.sync_dir()?;
     index.take_rebuilt();
@@ -259,6 +268,7 @@ pub(super) fn scan(
         segments: Vec::new(),
         incarnation,
         records_damaged: 0,
+        last_unit: None,
         void,
         end: LogEnd {
             next_generation: greatest + 1,
@@ -364,6 +374,7 @@ impl Scan {
     /// Reads the units of the last segment in `segments`; gives the reader's window back.
     fn read_segment(&mut self, mut reader: SegmentReader, place: Place) -> Vec<u8> {
         let limit = place.limit;
+        self.last_unit = None;
         let mut at = HEADER_BYTES;
         let mut torn = false;
         loop {
@@ -387,6 +398,7 @@ impl Scan {
             }
             self.read_unit(&mut reader, next, &unit);
             self.end.next_unit = self.end.next_unit.max(unit.number + 1);
+            self.last_unit = Some((next, behind - next));
             at = behind;
             if let Some(segment) = self.segments.last_mut() {
                 segment.end = behind.min(limit.max(segment.end));

@@ -93,7 +93,7 @@ impl Engine {
         self.commit_side(unlogged)?;
         self.flush_index()?;
         for &generation in &retired {
-            self.log.retire(generation);
+            self.log.retire(generation).map_err(|why| io_error(&why))?;
         }
         self.reading = None;
         self.log.trim_free(self.bounds.cap_bytes);

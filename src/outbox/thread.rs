@@ -39,6 +39,8 @@ impl Storage {
                 Next::Command(command) => {
                     if let Some(closing) = self.turn(command) {
                         self.close();
+                        // Who waits may open the folder again at once.
+                        drop(self);
                         answer(closing, ());
                         return;
                     }

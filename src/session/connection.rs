@@ -263,6 +263,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             let reason = discarded.reason.unwrap_or_default();
             warn!("task {ids}: the server discards it: {reason:.200}");
             self.tasks.remove(key);
+            self.delivery.hold();
             self.effects.push_back(Effect::Discard(key));
         }
         for replay in ack.output_replay.unwrap_or_default() {

@@ -127,6 +127,8 @@ pub struct Delivery<C> {
     /// The cursor went back while a read was under way: its answer does not count.
     stale: bool,
     batches_out: usize,
+    /// Drops under way in the store: what is read before they are done does not count.
+    holds: usize,
     wait: Wait,
     /// The stream that last filled its share: reads are cut to what it can take.
     bulk: Option<LaneId>,
@@ -151,6 +153,7 @@ impl<C: Copy + Ord + Default> Default for Delivery<C> {
             reading: false,
             stale: false,
             batches_out: 0,
+            holds: 0,
             wait: Wait::Nothing,
             bulk: None,
             expected: heapless::Vec::new(),
@@ -164,12 +167,13 @@ impl<C: Copy + Ord + Default> Default for Delivery<C> {
 impl<C: Copy + Ord + Default> Delivery<C> {
     /// A session has become active: everything unacknowledged is sent from the beginning.
     pub fn begin(&mut self) {
-        let (reading, withheld) = (self.reading, self.withheld);
+        let (reading, withheld, holds) = (self.reading, self.withheld, self.holds);
         *self = Delivery::default();
         self.active = true;
         self.reading = reading;
         self.stale = reading;
         self.withheld = withheld;
+        self.holds = holds;
     }
 
     /// The session is over; nothing is in flight any more.
@@ -222,10 +226,23 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         }
     }
 
+    /// Something is about to be dropped from the store: nothing is read until it is done.
+    pub fn hold(&mut self) {
+        self.holds += 1;
+        self.stale = self.reading;
+    }
+
+    pub fn release(&mut self) {
+        self.holds = self.holds.saturating_sub(1);
+    }
+
     /// What to read next, if there is room and something to read. The answer must come back
     /// through [`Delivery::admit`].
     pub fn next_read(&mut self, now: Now) -> Option<ReadOrder<C>> {
-        if !self.active || self.reading || self.batches_out >= BATCHES_IN_WRITER {
+        if !self.active || self.reading || self.holds > 0 {
+            return None;
+        }
+        if self.batches_out >= BATCHES_IN_WRITER {
             return None;
         }
         if self.at_end && !self.dirty {

@@ -28,7 +28,7 @@ impl<C: Copy + Ord + Default> Session<C> {
                 info!("a message from the server before its hello_ack is ignored");
             }
             ServerMessage::Ack(ack) => self.ack_received(&ack, now),
-            ServerMessage::Deliver(offer) => self.offered(*offer, now),
+            ServerMessage::Deliver(offer) => self.offered(*offer, true, now),
             ServerMessage::Cancel { ids, reason } => {
                 if self.cancel_granted {
                     self.cancel(Arc::new(ids), reason.as_deref());
@@ -94,6 +94,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             warn!("the server will never take {}: {text}", describe(piece));
             if matches!(piece, Piece::Output(..) | Piece::Final) {
                 self.delivery.refused(key, piece);
+                self.delivery.hold();
                 self.effects.push_back(Effect::Reject { key, piece });
             }
             return;

@@ -138,9 +138,15 @@ pub enum Effect<C> {
         key: AttemptKey,
         stream: Stream,
     },
+    /// This and the two before it are answered with [`Session::settled`]: until then nothing is
+    /// read, so that nothing goes out that has just been dropped.
     Discard(AttemptKey),
     /// Record a task durably; answer with [`Session::recorded`].
-    Record(Box<TaskOffer>),
+    Record {
+        offer: Box<TaskOffer>,
+        /// By `task.deliver`: it wants an answer also if the attempt is known.
+        delivered: bool,
+    },
     /// Start a recorded task; answer with [`Session::task_started`], [`Session::task_ended`].
     Start(QueuedTask),
     /// End a running task with this reason.
@@ -351,6 +357,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             "the server does not take {} of attempt {key}: what is held of it is dropped and marked truncated",
             stream.as_str()
         );
+        self.delivery.hold();
         self.effects.push_back(Effect::GiveUpStream { key, stream });
     }
 
@@ -381,6 +388,11 @@ impl<C: Copy + Ord + Default> Session<C> {
     /// Answer to [`Effect::Locate`].
     pub fn located(&mut self, key: AttemptKey, stream: Stream, at: Option<C>, now: Now) {
         self.delivery.located(key, stream, at, now);
+    }
+
+    /// Something has been dropped from the store, or that has failed.
+    pub fn settled(&mut self) {
+        self.delivery.release();
     }
 
     /// A final was stored.
@@ -461,8 +473,8 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.reports.look_again();
     }
 
-    /// A task is offered, by whichever way.
-    pub fn offered(&mut self, offer: TaskOffer, now: Now) {
+    /// A task is offered: `delivered` over the WebSocket, or by poll or heartbeat.
+    pub fn offered(&mut self, offer: TaskOffer, delivered: bool, now: Now) {
         if !self.tasks.has_room() {
             if self.room_wanted.is_none() {
                 warn!(
@@ -476,11 +488,15 @@ impl<C: Copy + Ord + Default> Session<C> {
             return;
         }
         self.tasks.begin_recording();
-        self.effects.push_back(Effect::Record(Box::new(offer)));
+        self.effects.push_back(Effect::Record {
+            offer: Box::new(offer),
+            delivered,
+        });
     }
 
-    /// Answer to [`Effect::Record`].
-    pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, now: Now) {
+    /// Answer to [`Effect::Record`]. Polls know what they offer: only a delivery of a known attempt
+    /// is answered, and a new one is always told.
+    pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, delivered: bool, now: Now) {
         self.tasks.end_recording();
         let ids = task.ids.clone();
         let key = ids.key();
@@ -495,7 +511,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             Recorded::NoRoom => {
                 self.room_wanted = Some(now + self.settings.poll_interval);
             }
-            _ if !answers => {}
+            _ if !answers || !delivered => {}
             Recorded::Received | Recorded::Discarded => {
                 self.effects.push_back(Effect::SendReceived(ids));
             }

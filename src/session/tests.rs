@@ -137,13 +137,18 @@ impl Bench {
                         self.acknowledge(*ack);
                     }
                 }
-                Effect::Reject { key, piece } => self.acked.push((*key, *piece)),
+                Effect::Reject { key, piece } => {
+                    self.acked.push((*key, *piece));
+                    self.session.settled();
+                }
                 Effect::GiveUpStream { key, stream } => {
                     let dropped = self.log.iter().filter(|(of, piece)| {
                         of == key && matches!(piece, Piece::Output(on, _) if on == stream)
                     });
                     self.acked.extend(dropped);
+                    self.session.settled();
                 }
+                Effect::Discard(_) => self.session.settled(),
                 Effect::Poll => self.session.polled(None, self.now),
                 Effect::ListFinals => self.session.finals_listed(&[]),
                 _ => {}
@@ -542,9 +547,11 @@ fn a_repeated_delivery_is_answered_by_what_is_known() {
         priority: 0,
         timeout_seconds: None,
     };
-    let mut answer = |outcome| {
+    let mut answer = |outcome, delivered| {
         bench.forget();
-        bench.session.recorded(task(), outcome, bench.now);
+        bench
+            .session
+            .recorded(task(), outcome, delivered, bench.now);
         bench.run();
         let started = bench.has(|effect| matches!(effect, Effect::Start(_)));
         let words: Vec<_> = bench
@@ -559,15 +566,19 @@ fn a_repeated_delivery_is_answered_by_what_is_known() {
             .collect();
         (words, started)
     };
-    assert_eq!(answer(Recorded::New), (vec!["received"], true));
-    assert_eq!(answer(Recorded::Received), (vec!["received"], false));
-    assert_eq!(answer(Recorded::Started), (vec!["started"], false));
-    assert_eq!(answer(Recorded::Finished { held: true }), (vec![], false));
+    assert_eq!(answer(Recorded::New, true), (vec!["received"], true));
+    assert_eq!(answer(Recorded::Received, true), (vec!["received"], false));
+    assert_eq!(answer(Recorded::Started, true), (vec!["started"], false));
+    let held = Recorded::Finished { held: true };
+    assert_eq!(answer(held, true), (vec![], false));
+    let gone = Recorded::Finished { held: false };
+    assert_eq!(answer(gone, true), (vec!["final"], false));
     assert_eq!(
-        answer(Recorded::Finished { held: false }),
-        (vec!["final"], false)
+        answer(gone, false),
+        (vec![], false),
+        "a poll is not answered"
     );
-    assert_eq!(answer(Recorded::NoRoom), (vec![], false));
+    assert_eq!(answer(Recorded::NoRoom, true), (vec![], false));
 }
 
 #[test]

@@ -122,6 +122,7 @@ fn gaps_repeats_and_flagged_jumps() {
             sessions: 1,
             chunks: 3,
             bytes: 10,
+            replayed: 0,
             duplicates: 2,
             changed_repeats: 2,
             gaps: 1,

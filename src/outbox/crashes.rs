@@ -1,0 +1,357 @@
+//! Crashes at every call, damage, faults and random histories, against the model.
+
+use super::model::{Tester, bounds, command, content, final_of, ids, number_of};
+use super::recovery;
+use super::sim::{Fault, Keep, Random, SimDisk, SimIndex};
+use super::types::*;
+use crate::ids::Stream;
+
+/// One random history with crashes, also inside the recovery. Fails with the seed.
+fn history(seed: u64, cap_bytes: u64) {
+    let random = &mut Random::new(seed);
+    let mut tester = Tester::new(cap_bytes);
+    for _ in 0..4 {
+        let crashes = random.below(4) > 0;
+        if crashes {
+            tester.disk.set_fault(random.below(120), Fault::Crash);
+        } else if random.below(2) == 0 {
+            let count = 1 + random.below(5);
+            let fault = match random.below(2) {
+                0 => Fault::Io(count),
+                _ => Fault::NoSpace(count),
+            };
+            tester.disk.set_fault(random.below(60), fault);
+        }
+        for _ in 0..random.below(80) {
+            tester.step(random);
+        }
+        if random.below(5) == 0 {
+            tester.close();
+        }
+        if random.below(3) == 0 {
+            tester.kill();
+            assert!(tester.open());
+            // What is sent now is relied on, whatever happens next.
+            tester.settle();
+            tester.check();
+        }
+        let keep = match random.below(5) {
+            0 => Keep::Nothing,
+            1 => Keep::Everything,
+            2 => Keep::FirstHalf,
+            3 => Keep::LastHalf,
+            _ => Keep::Some(random.below(1 << 32)),
+        };
+        tester.crash(keep);
+        if random.below(2) == 0 {
+            tester.disk.set_fault(random.below(20), Fault::Crash);
+            let _ = tester.open();
+            tester.crash(Keep::Some(random.below(1 << 32)));
+        }
+        assert!(tester.open(), "seed {seed}: a good disk opens");
+        tester.settle();
+        tester.check();
+    }
+}
+
+/// `HOSTLINK_HISTORIES` makes the run longer: `HOSTLINK_HISTORIES=100000 cargo test --release --lib outbox`.
+fn histories(cap_bytes: u64) {
+    let wanted = std::env::var("HOSTLINK_HISTORIES").ok();
+    let count = wanted.and_then(|text| text.parse().ok()).unwrap_or(400);
+    for seed in 0..count {
+        let run = std::panic::catch_unwind(|| history(seed, cap_bytes));
+        assert!(
+            run.is_ok(),
+            "history {seed} with a cap of {cap_bytes} bytes failed"
+        );
+    }
+}
+
+#[test]
+fn random_histories_keep_every_promise() {
+    histories(1 << 20);
+}
+
+#[test]
+fn random_histories_in_more_segments_keep_every_promise() {
+    histories(256 << 10);
+}
+
+#[test]
+fn random_histories_in_little_space_keep_every_promise() {
+    histories(96 << 10);
+}
+
+/// A life of several attempts, each step of which a crash may interrupt.
+fn scripted(tester: &mut Tester) {
+    let first = tester.receive();
+    tester.start(first);
+    tester.append(first, Stream::Stdout, 8);
+    tester.append(first, Stream::Stderr, 3);
+    let second = tester.receive();
+    let third = tester.receive();
+    tester.discard(third);
+    tester.start(third);
+    tester.finish(first);
+    tester.start(second);
+    tester.acknowledge(first, Stream::Stdout, 8);
+    for _ in 0..6 {
+        tester.append(second, Stream::Stdout, 8);
+    }
+    tester.acknowledge(first, Stream::Stderr, 3);
+    tester.acknowledge_final(first);
+    tester.acknowledge(second, Stream::Stdout, 40);
+    for _ in 0..6 {
+        tester.append(second, Stream::Stderr, 8);
+    }
+    tester.finish(second);
+    tester.report(second);
+    let fourth = tester.receive();
+    tester.finish(fourth);
+    tester.receive();
+    tester.close();
+}
+
+const KEEPS: [Keep; 7] = [
+    Keep::Nothing,
+    Keep::Everything,
+    Keep::FirstHalf,
+    Keep::LastHalf,
+    Keep::Some(1),
+    Keep::Some(2),
+    Keep::Some(3),
+];
+
+#[test]
+fn a_crash_at_each_call_keeps_every_promise() {
+    let mut whole = Tester::new(64 << 10);
+    let before = whole.disk.calls();
+    scripted(&mut whole);
+    let calls = whole.disk.calls() - before;
+    assert!(calls > 60, "the script must work the disk: {calls} calls");
+    for call in 0..=calls {
+        for keep in KEEPS {
+            let run = || {
+                let mut tester = Tester::new(64 << 10);
+                tester.disk.set_fault(call, Fault::Crash);
+                scripted(&mut tester);
+                tester.crash(keep);
+                tester.open();
+                tester.settle();
+                tester.check();
+            };
+            let run = std::panic::catch_unwind(run);
+            assert!(run.is_ok(), "crash at call {call} that keeps {keep:?}");
+        }
+    }
+}
+
+#[test]
+fn a_crash_at_each_call_of_the_recovery_keeps_every_promise() {
+    let mut call = 0;
+    loop {
+        let mut reached = false;
+        for crashed_at in (5..110).step_by(7) {
+            for keep in [Keep::Nothing, Keep::Everything, Keep::Some(call)] {
+                let mut tester = Tester::new(64 << 10);
+                tester.disk.set_fault(crashed_at, Fault::Crash);
+                scripted(&mut tester);
+                tester.crash(Keep::Some(crashed_at));
+                let before = tester.disk.calls();
+                tester.disk.set_fault(call, Fault::Crash);
+                if !tester.open() || tester.disk.calls() > before + call {
+                    reached = true;
+                }
+                tester.crash(keep);
+                tester.open();
+                tester.settle();
+                tester.check();
+            }
+        }
+        call += 1;
+        if !reached {
+            break;
+        }
+    }
+    assert!(call > 5, "recovery works the disk: {call} calls");
+}
+
+#[test]
+fn what_is_needed_is_copied_forward() {
+    let mut tester = Tester::new(96 << 10);
+    let ended = tester.receive();
+    tester.start(ended);
+    tester.finish(ended);
+    let waiting = tester.receive();
+    let running = tester.receive();
+    tester.start(running);
+    let first = tester.engine().log.segments[0].generation();
+    for _ in 0..200 {
+        tester.append(running, Stream::Stdout, 5);
+        tester.check();
+    }
+    let oldest = tester.engine().log.segments[0].generation();
+    assert!(oldest > first, "the first segment has been retired");
+    let key = ids(waiting).key();
+    let loaded = tester
+        .engine()
+        .load_task(key)
+        .expect("readable")
+        .expect("held");
+    assert_eq!(loaded.command, command(waiting));
+    tester.crash(Keep::Nothing);
+    tester.open();
+    tester.settle();
+    tester.check();
+    tester.start(running);
+}
+
+/// What is left of a store that was damaged must be as it was, and the damage told.
+#[test]
+fn a_flipped_bit_costs_only_what_it_hit() {
+    let mut tester = Tester::new(1 << 20);
+    let number = tester.receive();
+    tester.start(number);
+    for _ in 0..3 {
+        tester.append(number, Stream::Stdout, 3);
+    }
+    tester.finish(number);
+    let other = tester.receive();
+    // A later segment proves that this one was synced.
+    tester.engine().log.seal_active();
+    tester.receive();
+    let name = super::log::file_name(tester.engine().log.segments[0].name);
+    tester.engine = None;
+    let whole = tester.disk.contents(&name);
+    let used = whole.iter().rposition(|&byte| byte != 0).expect("content") + 1;
+    for bit in (0..used * 8).step_by(61) {
+        let mut damaged = whole.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        let fork = tester.disk.fork();
+        fork.overwrite(&name, damaged);
+        check_damaged(fork, number, other, bit);
+    }
+    for cut in (0..used).step_by(97) {
+        let fork = tester.disk.fork();
+        fork.overwrite(&name, whole[..cut].to_vec());
+        check_damaged(fork, number, other, cut);
+    }
+}
+
+fn check_damaged(disk: SimDisk, number: u64, other: u64, place: usize) {
+    let opened = recovery::open(
+        Box::new(disk.clone()),
+        Box::new(SimIndex::open(&disk)),
+        bounds(1 << 20),
+        *b"0123456789abcdef",
+        || 1_000,
+    );
+    let (mut engine, _) = opened.expect("a damaged store opens");
+    let batch = engine.read(ReadRequest {
+        max_messages: 100,
+        max_bytes: 1 << 20,
+        ..ReadRequest::default()
+    });
+    let mut before = 0;
+    for message in &batch.messages {
+        assert_eq!(number_of(&message.ids), number);
+        match &message.body {
+            Body::Output {
+                sequence,
+                data,
+                after_hole,
+                ..
+            } => {
+                let expected = content(number, Stream::Stdout, *sequence);
+                assert_eq!(batch.buffer[data.clone()], expected, "changed at {place}");
+                let hole = *sequence != before + 1;
+                assert_eq!(hole, *after_hole, "chunk {sequence}, damage at {place}");
+                before = *sequence;
+            }
+            Body::Final {
+                exit_code, output, ..
+            } => {
+                if *exit_code != -1 {
+                    assert_eq!(batch.buffer[output.clone()], final_of(number).output);
+                }
+            }
+        }
+    }
+    let snapshot = engine.snapshot(1 << 20);
+    if before < 9 && engine.attempts.contains_key(&ids(number).key()) && before > 0 {
+        assert!(engine.tally.records_damaged > 0, "untold damage at {place}");
+    }
+    let lost_chunks = 9 - batch.messages.len().saturating_sub(1) as i64;
+    let truncated = snapshot.streams.iter().any(|range| range.truncated);
+    if (1..9).contains(&lost_chunks) && before == 9 {
+        assert!(truncated, "untold hole, damage at {place}");
+    }
+    // The other attempt is in a unit of its own.
+    let phase = engine
+        .known_phase(ids(other).key())
+        .expect("the index answers");
+    assert!(phase.is_none() || phase == Some(Phase::Received));
+}
+
+#[test]
+fn a_lost_index_costs_no_message_and_no_second_run() {
+    for seed in 0..200 {
+        let random = &mut Random::new(seed);
+        let mut tester = Tester::new(96 << 10);
+        for _ in 0..150 {
+            tester.step(random);
+        }
+        tester.close();
+        tester.disk.lose_index();
+        tester.crash(Keep::Everything);
+        assert!(tester.open());
+        tester.check();
+        // Also those whose records have left the log in part.
+        for number in 0..tester.names {
+            if tester.known[&number].started.0 {
+                let key = ids(number).key();
+                let phase = tester.engine().known_phase(key).expect("the index answers");
+                assert_ne!(
+                    phase,
+                    Some(Phase::Received),
+                    "{number} would run again, seed {seed}"
+                );
+            }
+        }
+    }
+}
+
+/// A file system that is full for a while, or an I/O error, costs no confirmed byte and no
+/// restart.
+#[test]
+fn after_a_fault_the_store_goes_on_by_itself() {
+    for call in 0..60 {
+        for fault in [
+            Fault::Io(1),
+            Fault::Io(4),
+            Fault::NoSpace(1),
+            Fault::NoSpace(4),
+        ] {
+            let mut tester = Tester::new(1 << 20);
+            let number = tester.receive();
+            tester.start(number);
+            tester.disk.set_fault(call, fault);
+            for _ in 0..40 {
+                tester.append(number, Stream::Stdout, 4);
+            }
+            tester.disk.clear_fault();
+            let confirmed = tester.known[&number].last[0].0;
+            tester.append(number, Stream::Stdout, 1);
+            assert_eq!(
+                tester.known[&number].last[0].0,
+                confirmed + 1,
+                "{call} {fault:?}"
+            );
+            tester.check();
+            tester.crash(Keep::Nothing);
+            tester.open();
+            tester.settle();
+            tester.check();
+        }
+    }
+}
