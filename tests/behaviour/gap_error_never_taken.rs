@@ -43,10 +43,6 @@ fn final_and_next_task_arrive_after_three_reports_of_the_same_gap() {
     }
     let hello = server.wait_hello(3);
     server.check(hello.unacked_output.is_empty(), &format!("{hello:?}"));
-    server.check(
-        hello.spool_status.has_rotated_chunks,
-        "the hello says that output was given up",
-    );
     let tries = server.look(|log| log.chunks(&task.ids, Stream::Stdout).len());
     server.check(tries <= 4, &format!("the chunk was sent {tries} times"));
 }
