@@ -11,13 +11,13 @@ mod demo;
 mod operator;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::Write;
-use std::path::Path;
 
 use log::{LevelFilter, warn};
 
 use self::args::{Arguments, Command};
-use crate::agent::{self, status};
+use crate::agent::{self, lock, status};
 use crate::config::{self, Loaded};
 use crate::outbox;
 
@@ -31,7 +31,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let arguments = match args::parse(arguments) {
         Ok(arguments) => arguments,
         Err(why) => {
-            eprintln!("hostlink-edge: {why}\nTry `hostlink-edge --help`.");
+            complain(format_args!("{why}\nTry `hostlink-edge --help`."));
             return EXIT_USAGE;
         }
     };
@@ -63,7 +63,7 @@ fn run_operator(command: args::Operator) -> u8 {
 
 #[cfg(not(feature = "gateway"))]
 fn run_operator(_: args::Operator) -> u8 {
-    eprintln!("hostlink-edge: this build has no gateway (cargo feature `gateway`)");
+    complain("this build has no gateway (cargo feature `gateway`)");
     EXIT_USAGE
 }
 
@@ -71,6 +71,16 @@ fn run_operator(_: args::Operator) -> u8 {
 fn print(text: &str) -> u8 {
     let _ = std::io::stdout().write_all(text.as_bytes());
     0
+}
+
+/// Writes a line to stderr. Unlike `eprintln!` it does not panic where stderr is full or gone.
+fn tell(text: impl Display) {
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
+/// Why a command failed, in the program's name.
+fn complain(why: impl Display) {
+    tell(format_args!("hostlink-edge: {why}"));
 }
 
 fn run_agent(loaded: Loaded) -> u8 {
@@ -105,10 +115,10 @@ fn show_config(loaded: &Loaded, check: bool) -> u8 {
     }
     print(&text);
     for warning in &loaded.warnings {
-        eprintln!("warning: {warning}");
+        tell(format_args!("warning: {warning}"));
     }
     if let Err(error) = &loaded.config {
-        eprintln!("error: {error}");
+        tell(format_args!("error: {error}"));
         return EXIT_CONFIG;
     }
     if check && !loaded.warnings.is_empty() {
@@ -118,21 +128,19 @@ fn show_config(loaded: &Loaded, check: bool) -> u8 {
     }
 }
 
-/// Asks the running agent, or looks at its store while it is down.
+/// Asks the running agent, or looks at its store while it is down. Needs no control plane.
 fn show_status(loaded: &Loaded, json: bool) -> u8 {
-    let config = match &loaded.config {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("hostlink-edge: {error}");
-            return EXIT_CONFIG;
-        }
-    };
-    let status = match status::ask(&config.state_path) {
+    let local = &loaded.local;
+    let status = match status::ask(&local.state_path) {
         Ok(Some(status)) => status,
-        Ok(None) => status::Status::not_running(stored(config)),
+        Ok(None) => match lock::holder_of(&local.state_path) {
+            Some(pid) => status::Status::starting(pid, stored(local)),
+            None => status::Status::not_running(stored(local)),
+        },
         Err(error) => {
-            eprintln!("hostlink-edge: the running agent does not answer: {error}");
-            status::Status::not_running(stored(config))
+            complain(format_args!("the running agent does not answer: {error}"));
+            let pid = lock::holder_of(&local.state_path);
+            status::Status::silent(pid, stored(local))
         }
     };
     if json {
@@ -144,17 +152,15 @@ fn show_status(loaded: &Loaded, json: bool) -> u8 {
     status.exit_code()
 }
 
-fn stored(config: &config::Config) -> outbox::Counts {
-    let dir: &Path = &config.local_store_path;
-    outbox::inspect(dir, config.spool_cap_bytes).unwrap_or_else(|error| {
+fn stored(local: &config::Local) -> outbox::Counts {
+    let dir = &local.local_store_path;
+    outbox::inspect(dir, local.spool_cap_bytes).unwrap_or_else(|error| {
         if error.kind() != std::io::ErrorKind::NotFound {
-            eprintln!(
-                "hostlink-edge: cannot read the outbox {}: {error}",
-                dir.display()
-            );
+            let dir = dir.display();
+            complain(format_args!("cannot read the outbox {dir}: {error}"));
         }
         outbox::Counts {
-            byte_cap: config.spool_cap_bytes,
+            byte_cap: local.spool_cap_bytes,
             ..outbox::Counts::default()
         }
     })

@@ -144,41 +144,54 @@ pub struct Effective {
     pub source: Source,
 }
 
+/// Where the agent of this device keeps its things: known even if it could not start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Local {
+    pub state_path: PathBuf,
+    pub local_store_path: PathBuf,
+    pub spool_cap_bytes: u64,
+}
+
 /// The outcome of reading all settings.
 #[derive(Debug)]
 pub struct Loaded {
     pub config: Result<Config, ConfigError>,
+    pub local: Local,
     pub warnings: Vec<Warning>,
     pub settings: Vec<Effective>,
 }
 
 /// Reads settings from an environment and a file. `named_file` is that of `--config`; without it
-/// [`DEFAULT_FILE`] is read if it exists.
+/// [`DEFAULT_FILE`] is read if it exists. A file that cannot be read is a warning, also a named
+/// one: the environment alone may be enough to keep the device reachable.
 pub fn load(
     environment: impl Iterator<Item = (OsString, OsString)>,
     named_file: Option<&Path>,
 ) -> Loaded {
     let mut reader = Reader::new(environment, named_file);
-    let config = read_all(&mut reader);
+    let (local, config) = read_all(&mut reader);
     reader.warn_of_unknown_keys();
     let (warnings, settings) = reader.finish();
     Loaded {
         config,
+        local,
         warnings,
         settings,
     }
 }
 
-fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
+fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
     let seconds = Duration::from_secs;
     let millis = Duration::from_millis;
     let minutes = |count: u64| Duration::from_secs(60 * count);
 
-    let control_plane_url = reader.url("SH_CONTROL_PLANE_URL", &["http", "https"]);
+    let control_plane_url = reader
+        .url("SH_CONTROL_PLANE_URL", &["http", "https"])
+        .map(|url| url.trim_end_matches('/').to_owned());
     let ws_url = reader.url("HOSTLINK_WS_URL", &["ws", "wss"]);
     let state_path = reader.path_or("HOSTLINK_STATE_PATH", "/var/lib/hostlink".into());
-    let local_store_path =
-        beside_a_file(reader.path_or("HOSTLINK_LOCAL_STORE_PATH", state_path.join("outbox")));
+    let local_store_path = reader.path_or("HOSTLINK_LOCAL_STORE_PATH", state_path.join("outbox"));
+    let local_store_path = reader.beside_a_file("HOSTLINK_LOCAL_STORE_PATH", local_store_path);
     let spool_cap_bytes = reader.bytes(
         "HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES",
         SPOOL_CAP_BYTES_DEFAULT,
@@ -283,7 +296,12 @@ fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
         no_proxy: reader.text("NO_PROXY"),
         log: reader.level("HOSTLINK_LOG", LevelFilter::Info),
     };
-    match control_plane_url {
+    let local = Local {
+        state_path: config.state_path.clone(),
+        local_store_path: config.local_store_path.clone(),
+        spool_cap_bytes: config.spool_cap_bytes,
+    };
+    let config = match control_plane_url {
         Some(control_plane_url) => Ok(Config {
             control_plane_url,
             ..config
@@ -292,15 +310,6 @@ fn read_all(reader: &mut Reader) -> Result<Config, ConfigError> {
             "SH_CONTROL_PLANE_URL is missing or unusable: set it to the control plane's http(s) URL"
                 .to_owned(),
         )),
-    }
-}
-
-/// The existing agent keeps a database file at the store's path; ours is a directory beside it.
-fn beside_a_file(path: PathBuf) -> PathBuf {
-    if path.is_file() {
-        let mut beside = path.into_os_string();
-        beside.push(".d");
-        return beside.into();
-    }
-    path
+    };
+    (local, config)
 }

@@ -116,10 +116,10 @@ mod tests {
                 "{level} {target} {record}"
             );
         };
-        check(LevelFilter::Info, "hostlink_edge::agent", Level::Info, true);
+        check(LevelFilter::Info, "hostlink_edge::part", Level::Info, true);
         check(
             LevelFilter::Info,
-            "hostlink_edge::agent",
+            "hostlink_edge::part",
             Level::Debug,
             false,
         );

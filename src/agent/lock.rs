@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
 
+use super::status;
+
 /// Held as long as it lives.
 #[derive(Debug)]
 pub struct Lock {
@@ -68,7 +70,9 @@ pub fn acquire(state_path: &Path) -> Result<Lock, LockError> {
             _directory: directory,
         }),
         Err(rustix::io::Errno::WOULDBLOCK) => {
-            let pid = holder(&directory);
+            // File systems with several devices behind one mount show another device number there.
+            let told = || status::ask(&path).ok().flatten().map(|status| status.pid);
+            let pid = holder(&directory).or_else(told);
             Err(LockError::Held { path, pid })
         }
         Err(error) => Err(LockError::Unavailable {
@@ -76,6 +80,12 @@ pub fn acquire(state_path: &Path) -> Result<Lock, LockError> {
             error: error.into(),
         }),
     }
+}
+
+/// The agent that holds a state directory, as far as it can be seen without touching the lock: a
+/// look must not make an agent that starts at this moment believe that there is another one.
+pub fn holder_of(state_path: &Path) -> Option<u32> {
+    holder(&File::open(state_path).ok()?)
 }
 
 /// Who holds the lock, from `/proc/locks` by device and inode.
@@ -105,7 +115,9 @@ mod tests {
     #[test]
     fn the_second_lock_names_the_holder_and_the_first_lets_go_at_its_end() {
         let dir = std::env::temp_dir().join(format!("hostlink-lock-{}", std::process::id()));
+        assert_eq!(holder_of(&dir), None);
         let first = acquire(&dir).expect("free");
+        assert_eq!(holder_of(&dir), Some(std::process::id()));
         match acquire(&dir) {
             Err(LockError::Held { pid, .. }) => assert_eq!(pid, Some(std::process::id())),
             other => panic!("{other:?}"),

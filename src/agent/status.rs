@@ -4,14 +4,16 @@
 use std::fmt;
 use std::io::{self, Read};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_io::Async;
 use futures_lite::AsyncWriteExt;
 use log::warn;
-use rustix::net::sockopt::socket_peercred;
+use rustix::net::sockopt::{Timeout, set_socket_timeout, socket_peercred};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use smol::Timer;
 
@@ -20,17 +22,22 @@ use crate::outbox::Counts;
 use crate::wire::Timestamp;
 
 /// An answer is far smaller; a stranger on the socket sends no more than this.
-const ANSWER_BYTES_MAX: u64 = 1 << 20;
+const ANSWER_BYTES_MAX: usize = 1 << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+const NOT_RUNNING: &str = "not running";
+const STARTING: &str = "starting";
+const NO_ANSWER: &str = "no answer";
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Status {
-    /// 0 while the agent is not running.
+    /// 0 while the agent is not running, or its process is not known.
     pub pid: u32,
     pub version: String,
     pub agent_id: Option<String>,
-    /// `off`, `down`, `connecting`, `handshake`, `active`, or `not running`.
+    /// `off`, `down`, `connecting`, `handshake` or `active` as the agent says it. Seen from outside
+    /// also `not running`, `starting` (it runs but has no socket yet, while it is registering for
+    /// one) or `no answer`.
     pub session: String,
     pub session_since_seconds: u64,
     pub last_error: Option<String>,
@@ -45,15 +52,40 @@ impl Status {
     /// What can be told while no agent runs.
     pub fn not_running(store: Counts) -> Status {
         Status {
-            session: "not running".to_owned(),
+            session: NOT_RUNNING.to_owned(),
             store,
             ..Status::default()
         }
     }
 
+    /// What can be told of an agent that holds its state directory and has no socket yet.
+    pub fn starting(pid: u32, store: Counts) -> Status {
+        Status {
+            pid,
+            session: STARTING.to_owned(),
+            store,
+            ..Status::default()
+        }
+    }
+
+    /// What can be told of an agent that has a socket and does not answer.
+    pub fn silent(pid: Option<u32>, store: Counts) -> Status {
+        Status {
+            pid: pid.unwrap_or(0),
+            session: NO_ANSWER.to_owned(),
+            store,
+            ..Status::default()
+        }
+    }
+
+    /// Whether the agent itself said this.
+    fn is_its_own(&self) -> bool {
+        ![NOT_RUNNING, STARTING, NO_ANSWER].contains(&self.session.as_str())
+    }
+
     /// 0 connected, 1 not connected, 2 not running, 3 volatile store.
     pub fn exit_code(&self) -> u8 {
-        if self.pid == 0 {
+        if self.session == NOT_RUNNING {
             2
         } else if self.store.volatile {
             3
@@ -67,8 +99,12 @@ impl Status {
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.pid == 0 {
-            writeln!(f, "agent     not running")?;
+        if !self.is_its_own() {
+            write!(f, "agent     {}", self.session)?;
+            if self.pid != 0 {
+                write!(f, ", process {}", self.pid)?;
+            }
+            writeln!(f)?;
         } else {
             let id = self.agent_id.as_deref().unwrap_or("not registered");
             writeln!(
@@ -86,7 +122,7 @@ impl fmt::Display for Status {
         for task in &self.running {
             writeln!(f, "running   {task}")?;
         }
-        if self.pid != 0 {
+        if self.is_its_own() {
             writeln!(f, "queued    {} tasks", self.queued)?;
         }
         let store = &self.store;
@@ -138,19 +174,19 @@ fn show_seconds(seconds: u64) -> String {
     }
 }
 
-/// The socket of the agent of a state directory.
-fn address(state_path: &Path) -> io::Result<SocketAddr> {
+/// The name of the socket of the agent of a state directory.
+fn socket_name(state_path: &Path) -> String {
     let path = state_path
         .canonicalize()
         .unwrap_or_else(|_| state_path.to_owned());
     let name = AttemptKey::of("status", &path.to_string_lossy());
-    SocketAddr::from_abstract_name(format!("hostlink-edge-{name}"))
+    format!("hostlink-edge-{name}")
 }
 
 /// Answers each connection with the status and closes it. Only for the agent's own user and root.
 /// Never returns: without a socket, there is no status and the agent goes on.
 pub async fn serve(state_path: PathBuf, provider: impl AsyncFn() -> Status) {
-    let listener = address(&state_path)
+    let listener = SocketAddr::from_abstract_name(socket_name(&state_path))
         .and_then(|address| UnixListener::bind_addr(&address))
         .and_then(Async::new);
     let listener = match listener {
@@ -189,23 +225,73 @@ async fn answer(mut connection: Async<UnixStream>, status: Status) {
     futures_lite::future::or(write, patience).await;
 }
 
-/// Asks the running agent of a state directory. `None` if there is none.
+/// Asks the running agent of a state directory. `None` if it has no socket. Takes no longer than
+/// two seconds for the connection and two for the answer.
 pub fn ask(state_path: &Path) -> io::Result<Option<Status>> {
-    let connection = match UnixStream::connect_addr(&address(state_path)?) {
+    let connection = match connect(&socket_name(state_path)) {
         Ok(connection) => connection,
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => return Ok(None),
         Err(error) => return Err(error),
     };
-    connection.set_read_timeout(Some(ANSWER_TIMEOUT))?;
-    let mut text = Vec::new();
-    connection.take(ANSWER_BYTES_MAX).read_to_end(&mut text)?;
+    believe(&connection, state_path)?;
+    let text = read_answer(connection)?;
     if text.is_empty() {
         return Err(io::Error::new(
             io::ErrorKind::PermissionDenied,
-            "the agent answers its own user and root only",
+            "it answers its own user and root only",
         ));
     }
     Ok(Some(serde_json::from_slice(&text)?))
+}
+
+/// Connecting waits where the queue of a stopped process is full, so that it needs a timeout, too.
+fn connect(name: &str) -> io::Result<UnixStream> {
+    let family = AddressFamily::UNIX;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(ANSWER_TIMEOUT))?;
+    let address = SocketAddrUnix::new_abstract_name(name.as_bytes())?;
+    rustix::net::connect(&socket, &address)?;
+    Ok(socket.into())
+}
+
+/// Every user may take a name of the abstract namespace. Only root, the owner of the state
+/// directory and the caller himself are believed.
+fn believe(connection: &UnixStream, state_path: &Path) -> io::Result<()> {
+    let uid = socket_peercred(connection)?.uid;
+    let owner = std::fs::metadata(state_path).map(|it| it.uid());
+    let known = uid.is_root()
+        || uid == rustix::process::geteuid()
+        || owner.is_ok_and(|owner| owner == uid.as_raw());
+    if known {
+        return Ok(());
+    }
+    Err(io::Error::new(
+        io::ErrorKind::PermissionDenied,
+        format!("its socket is held by user {}", uid.as_raw()),
+    ))
+}
+
+fn read_answer(mut connection: UnixStream) -> io::Result<Vec<u8>> {
+    let deadline = Instant::now() + ANSWER_TIMEOUT;
+    let mut text = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() || text.len() > ANSWER_BYTES_MAX {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        connection.set_read_timeout(Some(left))?;
+        match connection.read(&mut part) {
+            Ok(0) => return Ok(text),
+            Ok(count) => text.extend_from_slice(&part[..count]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -242,11 +328,82 @@ mod tests {
 
     #[test]
     fn exit_codes_say_what_matters_most() {
-        let mut status = Status::not_running(Counts::default());
-        assert_eq!(status.exit_code(), 2);
-        status.pid = 1;
+        assert_eq!(Status::not_running(Counts::default()).exit_code(), 2);
+        assert_eq!(Status::starting(1, Counts::default()).exit_code(), 1);
+        assert_eq!(Status::silent(None, Counts::default()).exit_code(), 1);
+        let mut status = Status {
+            pid: 1,
+            session: "down".into(),
+            ..Status::default()
+        };
         assert_eq!(status.exit_code(), 1);
+        status.session = "active".into();
+        assert_eq!(status.exit_code(), 0);
         status.store.volatile = true;
         assert_eq!(status.exit_code(), 3);
+    }
+
+    /// A listener under the name of an agent's socket, that is not the agent.
+    fn pretender(path: &Path) -> UnixListener {
+        let address = SocketAddr::from_abstract_name(socket_name(path)).expect("short");
+        UnixListener::bind_addr(&address).expect("free")
+    }
+
+    #[test]
+    fn an_agent_that_stands_still_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("hostlink-still-{}", std::process::id()));
+        let listener = pretender(&path);
+        let begun = Instant::now();
+        let error = ask(&path).expect_err("no answer");
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(begun.elapsed() < 2 * ANSWER_TIMEOUT);
+        drop(listener);
+        assert_eq!(ask(&path).expect("nobody there"), None);
+    }
+
+    #[test]
+    fn an_answer_without_end_is_cut() {
+        use std::io::Write;
+        let path = std::env::temp_dir().join(format!("hostlink-endless-{}", std::process::id()));
+        let listener = pretender(&path);
+        let talker = std::thread::spawn(move || {
+            let (mut connection, _) = listener.accept().expect("a client");
+            let mut sent = 0;
+            while let Ok(count) = connection.write(&[b' '; 4096]) {
+                sent += count;
+            }
+            sent
+        });
+        ask(&path).expect_err("too long");
+        let sent = talker.join().expect("talker");
+        assert!(sent < 2 * ANSWER_BYTES_MAX, "{sent} bytes were taken");
+    }
+
+    #[test]
+    fn what_is_shown_fits_what_is_known() {
+        let shown = Status::not_running(Counts::default()).to_string();
+        assert!(
+            shown.starts_with("agent     not running\nwaiting"),
+            "{shown}"
+        );
+        let shown = Status::starting(7, Counts::default()).to_string();
+        assert!(
+            shown.starts_with("agent     starting, process 7\nwaiting"),
+            "{shown}"
+        );
+        let status = Status {
+            pid: 7,
+            session: "down".into(),
+            last_error: Some("connection refused".into()),
+            ..Status::default()
+        };
+        let shown = status.to_string();
+        for line in [
+            "session   down for 0 s",
+            "last      connection refused",
+            "queued    0 tasks",
+        ] {
+            assert!(shown.contains(line), "{shown}");
+        }
     }
 }

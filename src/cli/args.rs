@@ -81,6 +81,9 @@ Commands:
   run       run the agent (the default)
   status    show what the agent on this device does; works without network
   config    show the effective settings and where each comes from
+  help      print this, or the help of a command
+
+Commands of builds with the cargo feature `gateway`:
   demo      run a gateway and an agent here, cut their connection, lose nothing
   gateway   run the reference control plane
   submit    run a command on an agent of a gateway and print its live output
@@ -187,7 +190,7 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         "gateway" => gateway(&mut parser)?,
         "submit" => submit(&mut parser)?,
         "agents" => agents(&mut parser)?,
-        "help" => Parsed::Help(HELP),
+        "help" => Parsed::Help(help(&mut parser)?),
         "__check-index" => Parsed::Command(Command::CheckIndex(parser.value()?.into())),
         other => return Err(format!("unknown command `{other}`").into()),
     };
@@ -199,6 +202,25 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         command,
         config_file,
     })
+}
+
+/// The help of the command that is named, if one is.
+fn help(parser: &mut lexopt::Parser) -> Result<&'static str, lexopt::Error> {
+    let name = match parser.next()? {
+        None => return Ok(HELP),
+        Some(Value(name)) => name.string()?,
+        Some(other) => return Err(other.unexpected()),
+    };
+    match name.as_str() {
+        "run" => Ok(HELP_RUN),
+        "status" => Ok(HELP_STATUS),
+        "config" => Ok(HELP_CONFIG),
+        "demo" => Ok(HELP_DEMO),
+        "gateway" => Ok(HELP_GATEWAY),
+        "submit" => Ok(HELP_SUBMIT),
+        "agents" => Ok(HELP_AGENTS),
+        other => Err(format!("unknown command `{other}`").into()),
+    }
 }
 
 fn done(command: Command) -> Result<Arguments, lexopt::Error> {

@@ -2,33 +2,43 @@
 //!
 //! The task's command runs between two `tee`s that keep an exact copy of both streams, so that
 //! what arrived can be compared with what was printed whatever the command is.
+//!
+//! - [`stage`]: the directory, the gateway and the agent.
+//! - [`copies`]: what was printed and what arrived.
 
-use std::fs::{self, File};
-use std::io::{self, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
-use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
-use std::task::{Context, Poll};
-use std::thread;
+mod copies;
+mod stage;
+
+use std::fs;
+use std::io;
+use std::path::Path;
 use std::time::Duration;
 
 use async_signal::{Signal, Signals};
-use futures_lite::{AsyncWrite, FutureExt, StreamExt, future};
+use futures_lite::{FutureExt, StreamExt, future};
 use log::LevelFilter;
 use smol::{Timer, Unblock};
 
+use self::copies::{Copying, compare};
+use self::stage::{Agent, GatewayThread, Scratch};
+use super::tell;
 use crate::gateway::operator_client::{AgentInfo, OperatorClient, Submission};
-use crate::gateway::{Gateway, Settings};
 
-const CONNECT_DEADLINE: Duration = Duration::from_secs(30);
-/// The default command takes about six seconds.
-const DEFAULT_DEADLINE: Duration = Duration::from_secs(120);
+/// From one sign of life to the next: connected, task started, and once the command has ended from
+/// byte to byte. How long the command itself runs is its own affair.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// When the connection is cut, after the task has been submitted.
 const CUT_AFTER: Duration = Duration::from_millis(2500);
 /// How long the gateway then refuses another session.
 const CUT_SECONDS: u64 = 1;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
+/// Lost or changed bytes, and everything that kept the demonstration from its end.
+const EXIT_FAILURE: u8 = 1;
+/// As a shell reports a process that INT has ended.
+const EXIT_INTERRUPTED: u8 = 130;
+
+/// Takes about six seconds.
 const DEFAULT_COMMAND: &str = "\
 i=0
 while [ $i -lt 60 ]; do
@@ -39,8 +49,10 @@ while [ $i -lt 60 ]; do
 done
 ";
 
-/// What runs as the task: the command between its two copies.
+/// What runs as the task: the command between its two copies. The files `started` and `ended` show
+/// how far it is.
 const WRAPPER: &str = "\
+: >\"$dir/started\"
 mkfifo \"$dir/out\" \"$dir/err\" || exit 125
 tee \"$dir/printed.stdout\" <\"$dir/out\" &
 out=$!
@@ -48,6 +60,7 @@ tee \"$dir/printed.stderr\" <\"$dir/err\" >&2 &
 err=$!
 /bin/sh \"$dir/command\" >\"$dir/out\" 2>\"$dir/err\"
 code=$?
+: >\"$dir/ended\"
 wait $out $err
 exit $code
 ";
@@ -55,137 +68,109 @@ exit $code
 /// Runs the demonstration. 0: nothing was lost or changed.
 pub fn run(command: Option<String>) -> u8 {
     crate::logger::init(LevelFilter::Warn);
-    let deadline = command.is_none().then_some(DEFAULT_DEADLINE);
     let command = command.unwrap_or_else(|| DEFAULT_COMMAND.to_owned());
+    // Before anything exists that would have to be cleaned up.
+    let signals = Signals::new([Signal::Int, Signal::Term, Signal::Hup]);
     let stage = match Stage::set_up(&command) {
         Ok(stage) => stage,
         Err(why) => {
-            eprintln!("demo: {why}");
-            return 1;
+            tell(format_args!("demo: {why}"));
+            return EXIT_FAILURE;
         }
     };
     let interrupted = async {
-        let mut signals = Signals::new([Signal::Int, Signal::Term]).map_err(|it| it.to_string())?;
-        signals.next().await;
-        Err("interrupted".to_owned())
+        signals.map_err(|error| error.to_string())?.next().await;
+        Ok(None)
     };
-    let too_late = async {
-        match deadline {
-            Some(after) => Timer::after(after).await,
-            None => future::pending().await,
-        };
-        Err("gave up: the task has not ended in time".to_owned())
-    };
-    let played = smol::block_on(stage.play().or(interrupted).or(too_late));
-    match played {
-        Ok(summary) => {
-            eprint!("{}", summary.text);
-            u8::from(summary.lost > 0)
+    let played = async { stage.play().await.map(Some) };
+    let guarded = async { Err(stage.stands_still().await) };
+    match smol::block_on(played.or(interrupted).or(guarded)) {
+        Ok(Some(summary)) => {
+            tell(summary.text.trim_end());
+            if summary.faults == 0 { 0 } else { EXIT_FAILURE }
+        }
+        Ok(None) => {
+            tell("demo: interrupted");
+            EXIT_INTERRUPTED
         }
         Err(why) => {
-            eprintln!("demo: {why}");
-            stage.show_agent_log();
-            1
+            tell(format_args!("demo: {why}"));
+            stage.agent.show_log();
+            EXIT_FAILURE
         }
     }
 }
 
 struct Summary {
     text: String,
-    lost: u64,
+    /// Bytes lost or changed, and repeats that differed.
+    faults: u64,
 }
 
-/// A gateway on a thread of its own, an agent as a child process, and their directory. Cleans up
-/// when it is dropped.
+/// Dropped in this order: the agent first, the directory last.
 struct Stage {
-    dir: PathBuf,
-    agent: Child,
+    agent: Agent,
     client: OperatorClient,
-    stop_gateway: async_channel::Sender<()>,
-    gateway: Option<thread::JoinHandle<()>>,
+    _gateway: GatewayThread,
+    dir: Scratch,
 }
 
 impl Stage {
     fn set_up(command: &str) -> Result<Stage, String> {
-        let dir = std::env::temp_dir().join(format!("hostlink-demo-{}", std::process::id()));
-        let cannot =
-            |what: &str, error: io::Error| format!("cannot {what} in {}: {error}", dir.display());
-        fs::create_dir_all(&dir).map_err(|error| cannot("work", error))?;
-        fs::write(dir.join("command"), command).map_err(|error| cannot("write", error))?;
-
-        let (stop_gateway, stopped) = async_channel::bounded(1);
-        let (started, is_started) = std::sync::mpsc::sync_channel(1);
-        let state = dir.join("gateway");
-        let gateway = thread::spawn(move || run_gateway(state, stopped, &started));
-        let (url, token_id, token_key) = is_started
-            .recv()
-            .map_err(|_| "the gateway has not started".to_owned())??;
-
-        let log = File::create(dir.join("agent.log")).map_err(|error| cannot("write", error))?;
-        let program = std::env::current_exe().map_err(|error| error.to_string())?;
-        let mut agent = Command::new(program);
-        for (key, _) in std::env::vars_os() {
-            let name = key.to_string_lossy();
-            if name.starts_with("HOSTLINK_") || name.to_ascii_uppercase().ends_with("_PROXY") {
-                agent.env_remove(&key);
-            }
-        }
-        let agent = agent
-            .args(["--config", "/dev/null", "run"])
-            .env("SH_CONTROL_PLANE_URL", &url)
-            .env("HOSTLINK_STATE_PATH", dir.join("agent"))
-            .env("HOSTLINK_TOKEN_ID", token_id)
-            .env("HOSTLINK_TOKEN_KEY", token_key)
-            .env("HOSTLINK_WS_RECONNECT_MIN", "1s")
-            .env("HOSTLINK_WS_RECONNECT_MAX", "2s")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .map_err(|error| format!("cannot start the agent: {error}"))?;
+        let dir = Scratch::new()?;
+        fs::write(dir.join("command"), command)
+            .map_err(|error| format!("cannot write in {}: {error}", dir.path().display()))?;
+        let gateway = GatewayThread::start(dir.join("gateway"))?;
         Ok(Stage {
-            client: OperatorClient::new(&url, None)?,
+            agent: Agent::start(&gateway, &dir)?,
+            client: OperatorClient::new(&gateway.url, None)?,
+            _gateway: gateway,
             dir,
-            agent,
-            stop_gateway,
-            gateway: Some(gateway),
         })
     }
 
     async fn play(&self) -> Result<Summary, String> {
-        eprintln!("-- gateway and agent start in {} --", self.dir.display());
+        let dir = self.dir.path();
+        tell(format_args!(
+            "-- gateway and agent start in {} --",
+            dir.display()
+        ));
         let agent = self.connected(0).await?;
-        eprintln!("-- agent {} is connected --", agent.id);
+        tell(format_args!("-- agent {} is connected --", agent.id));
         let submission = Submission {
             agent_id: Some(agent.id.clone()),
-            command: format!("dir='{}'\n{WRAPPER}", self.dir.display()),
+            command: format!("dir={}\n{WRAPPER}", quoted(dir)?),
             ..Submission::default()
         };
         let task = self.client.submit_detached(&submission).await?;
-        let mut stdout = Copying::new(Unblock::new(io::stdout()), &self.dir, "arrived.stdout")?;
-        let mut stderr = Copying::new(Unblock::new(io::stderr()), &self.dir, "arrived.stderr")?;
+        let mut stdout = Copying::new(Unblock::new(io::stdout()), dir, "arrived.stdout")?;
+        let mut stderr = Copying::new(Unblock::new(io::stderr()), dir, "arrived.stderr")?;
         let watch = async {
-            let followed = self
-                .client
+            self.client
                 .follow(&task.task_id, &mut stdout, &mut stderr)
-                .await;
-            followed.map(Some)
+                .await
         };
+        // The end of the task counts, and a cut that fails; a cut that succeeds is not the end.
         let cut = async {
-            Timer::after(CUT_AFTER).await;
-            if self.client.disconnect(&agent.id, CUT_SECONDS).await? {
-                eprintln!("-- connection cut --");
-                self.connected(agent.counters.sessions).await?;
-                eprintln!("-- connected again --");
+            match self.cut(&agent).await {
+                Ok(()) => future::pending().await,
+                Err(why) => Err(why),
             }
-            Ok(None)
         };
-        let exit_code = match watch_with(watch, cut).await? {
-            Some(code) => code,
-            None => return Err("the task has no end".to_owned()),
-        };
+        let exit_code = watch.or(cut).await?;
         let agent = self.connected(0).await?;
         self.summarize(exit_code, &agent)
+    }
+
+    /// Cuts the connection in the middle of the task and waits for the next one.
+    async fn cut(&self, agent: &AgentInfo) -> Result<(), String> {
+        Timer::after(CUT_AFTER).await;
+        if self.client.disconnect(&agent.id, CUT_SECONDS).await? {
+            tell("-- connection cut --");
+            self.connected(agent.counters.sessions).await?;
+            tell("-- connected again --");
+        }
+        Ok(())
     }
 
     /// Waits until the one agent has a session, and more than `sessions` in all.
@@ -203,10 +188,56 @@ impl Stage {
             }
         };
         let late = async {
-            Timer::after(CONNECT_DEADLINE).await;
-            Err("the agent has not connected in time".to_owned())
+            Timer::after(PATIENCE).await;
+            let seconds = PATIENCE.as_secs();
+            Err(format!("the agent has not connected in {seconds} s"))
         };
         future::or(wait, late).await
+    }
+
+    /// Returns, with the reason, only when the demonstration would wait for ever.
+    async fn stands_still(&self) -> String {
+        let seconds = PATIENCE.as_secs();
+        let agent_ends = async {
+            loop {
+                if let Some(how) = self.agent.has_ended() {
+                    return format!("the agent has ended by itself: {how}");
+                }
+                Timer::after(LOOK_AGAIN).await;
+            }
+        };
+        let task_stands_still = async {
+            // The agent connects first, which has its own deadline.
+            if !appears_within(&self.dir.join("started"), 2 * PATIENCE).await {
+                let seconds = 2 * seconds;
+                return format!("gave up: the agent has not started the task in {seconds} s");
+            }
+            appears_within(&self.dir.join("ended"), Duration::MAX).await;
+            self.nothing_arrives_for(PATIENCE).await;
+            format!(
+                "gave up: the command has ended, its last output has not, and nothing arrived in \
+                 {seconds} s; a process that it left behind may hold its output open"
+            )
+        };
+        future::or(agent_ends, task_stands_still).await
+    }
+
+    /// Returns when what has arrived did not grow for so long.
+    async fn nothing_arrives_for(&self, patience: Duration) {
+        let arrived = || -> u64 {
+            let length = |name| fs::metadata(self.dir.join(name)).map_or(0, |it| it.len());
+            length("arrived.stdout") + length("arrived.stderr")
+        };
+        let mut before = arrived();
+        let mut waited = Duration::ZERO;
+        while waited < patience {
+            Timer::after(LOOK_AGAIN).await;
+            waited += LOOK_AGAIN;
+            let now = arrived();
+            if now != before {
+                (before, waited) = (now, Duration::ZERO);
+            }
+        }
     }
 
     fn summarize(&self, exit_code: i32, agent: &AgentInfo) -> Result<Summary, String> {
@@ -214,15 +245,15 @@ impl Stage {
         let mut lost = 0;
         for stream in ["stdout", "stderr"] {
             let (bytes, differing) = compare(
-                &self.dir.join(format!("printed.{stream}")),
-                &self.dir.join(format!("arrived.{stream}")),
+                &self.dir.join(&format!("printed.{stream}")),
+                &self.dir.join(&format!("arrived.{stream}")),
             )
             .map_err(|error| format!("cannot compare {stream}: {error}"))?;
             printed += bytes;
             lost += differing;
         }
         let counted = agent.counters;
-        let text = format!(
+        let mut text = format!(
             "-- the task has ended with exit code {exit_code} --\n\
              sent          {printed} bytes in {} chunks, {} sessions\n\
              acknowledged  {} bytes\n\
@@ -230,120 +261,42 @@ impl Stage {
              lost          {lost}\n",
             counted.chunks, counted.sessions, counted.bytes, counted.replayed
         );
-        // A changed repeat would be a fault even if the bytes are right in the end.
-        let lost = lost + counted.changed_repeats;
-        Ok(Summary { text, lost })
-    }
-
-    /// The last lines of the agent's log, to see why something failed.
-    fn show_agent_log(&self) {
-        let log = fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default();
-        let lines: Vec<_> = log.lines().collect();
-        for line in lines.iter().skip(lines.len().saturating_sub(20)) {
-            eprintln!("agent: {line}");
+        if counted.sessions < 2 {
+            text.push_str("(the task ended before its connection could be cut)\n");
         }
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        let agent = rustix::process::Pid::from_child(&self.agent);
-        let _ = rustix::process::kill_process(agent, rustix::process::Signal::TERM);
-        let _ = self.agent.wait();
-        self.stop_gateway.close();
-        if let Some(gateway) = self.gateway.take() {
-            let _ = gateway.join();
+        if counted.changed_repeats > 0 {
+            let repeats = counted.changed_repeats;
+            text.push_str(&format!(
+                "changed       {repeats} messages came again changed\n"
+            ));
         }
-        let _ = fs::remove_dir_all(&self.dir);
+        Ok(Summary {
+            text,
+            // A changed repeat would be a fault even if the bytes are right in the end.
+            faults: lost + counted.changed_repeats,
+        })
     }
 }
 
-/// The end of the task counts; a cut that fails ends the demonstration.
-async fn watch_with(
-    watch: impl Future<Output = Result<Option<i32>, String>>,
-    cut: impl Future<Output = Result<Option<i32>, String>>,
-) -> Result<Option<i32>, String> {
-    let cut = async {
-        match cut.await {
-            Ok(_) => future::pending().await,
-            failed => failed,
+async fn appears_within(path: &Path, patience: Duration) -> bool {
+    let mut waited = Duration::ZERO;
+    while !path.exists() {
+        if waited >= patience {
+            return false;
         }
-    };
-    future::or(watch, cut).await
-}
-
-type Started = Result<(String, String, String), String>;
-
-fn run_gateway(
-    state: PathBuf,
-    stop: async_channel::Receiver<()>,
-    started: &std::sync::mpsc::SyncSender<Started>,
-) {
-    smol::block_on(async {
-        let listen = ([127, 0, 0, 1], 0).into();
-        let gateway = match Gateway::bind(Settings::new(listen, state)).await {
-            Ok(gateway) => gateway,
-            Err(error) => {
-                let _ = started.send(Err(error.to_string()));
-                return;
-            }
-        };
-        let (id, key) = gateway.registration_token();
-        let url = format!("http://{}", gateway.address());
-        let _ = started.send(Ok((url, id, key)));
-        if let Err(error) = gateway.run(stop).await {
-            eprintln!("demo: {error}");
-        }
-    });
-}
-
-/// Prints, and keeps a copy of what was printed.
-struct Copying<W> {
-    inner: W,
-    copy: File,
-}
-
-impl<W> Copying<W> {
-    fn new(inner: W, dir: &Path, name: &str) -> Result<Copying<W>, String> {
-        let copy = File::create(dir.join(name)).map_err(|error| error.to_string())?;
-        Ok(Copying { inner, copy })
+        Timer::after(LOOK_AGAIN).await;
+        waited += LOOK_AGAIN;
     }
+    true
 }
 
-impl<W: AsyncWrite + Unpin> AsyncWrite for Copying<W> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.inner).poll_write(context, bytes);
-        if let Poll::Ready(Ok(count)) = written {
-            self.copy.write_all(&bytes[..count])?;
-        }
-        written
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(context)
-    }
-
-    fn poll_close(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_close(context)
-    }
-}
-
-/// Length of the first file, and how many bytes are missing, surplus or different in the second.
-fn compare(printed: &Path, arrived: &Path) -> io::Result<(u64, u64)> {
-    let mut printed = BufReader::new(File::open(printed)?).bytes();
-    let mut arrived = BufReader::new(File::open(arrived)?).bytes();
-    let (mut length, mut differing) = (0, 0);
-    loop {
-        match (printed.next().transpose()?, arrived.next().transpose()?) {
-            (None, None) => return Ok((length, differing)),
-            (left, right) => {
-                length += u64::from(left.is_some());
-                differing += u64::from(left != right);
-            }
-        }
+/// A path as one word of a shell.
+fn quoted(path: &Path) -> Result<String, String> {
+    match path.to_str() {
+        Some(text) => Ok(format!("'{}'", text.replace('\'', "'\\''"))),
+        None => Err(format!(
+            "the name of {} is no UTF-8 text; set TMPDIR to another directory",
+            path.display()
+        )),
     }
 }

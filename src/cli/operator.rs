@@ -8,7 +8,7 @@ use log::LevelFilter;
 use smol::Unblock;
 
 use super::args::{ClientOptions, GatewayOptions, SubmitOptions};
-use super::{EXIT_USAGE, print};
+use super::{EXIT_USAGE, complain, print};
 use crate::gateway::operator_client::{AgentInfo, OperatorClient, Submission};
 use crate::gateway::{Gateway, Options, Settings};
 
@@ -16,7 +16,7 @@ use crate::gateway::{Gateway, Options, Settings};
 const EXIT_FAILURE: u8 = 1;
 
 fn fail(why: &str) -> u8 {
-    eprintln!("hostlink-edge: {why}");
+    complain(why);
     EXIT_FAILURE
 }
 
@@ -24,7 +24,7 @@ pub fn gateway(options: GatewayOptions) -> u8 {
     let settings = match gateway_settings(options) {
         Ok(settings) => settings,
         Err(why) => {
-            eprintln!("hostlink-edge: {why}");
+            complain(why);
             return EXIT_USAGE;
         }
     };

@@ -16,6 +16,8 @@ use crate::limits::KIB;
 /// A larger file is not a settings file.
 const FILE_BYTES_MAX: u64 = 256 * KIB as u64;
 
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 /// Longer values are cut where they are shown.
 const SHOWN_CHARACTERS: usize = 200;
 
@@ -56,9 +58,9 @@ impl Reader {
 
     fn read_file(&mut self, named: Option<&Path>) {
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
-        let mut text = String::new();
+        let mut text = Vec::new();
         let read = std::fs::File::open(path)
-            .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text));
+            .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text));
         match read {
             Ok(_) => {}
             Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
@@ -75,12 +77,14 @@ impl Reader {
             ));
             return;
         }
-        for (index, line) in text.lines().enumerate() {
+        // Editors of other systems put a mark in front and write other alphabets into comments:
+        // neither may cost the lines that can be read.
+        let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
+        for (index, line) in text.split(|byte| *byte == b'\n').enumerate() {
             match parse_line(line) {
                 Line::Nothing => {}
                 Line::Pair(key, value) => {
-                    self.given
-                        .insert(key.to_owned(), (value.to_owned(), Source::File));
+                    self.given.insert(key, (value, Source::File));
                 }
                 Line::Unreadable => self.warn(format!(
                     "line {} of {} is no KEY=VALUE and was ignored",
@@ -272,7 +276,6 @@ impl Reader {
     pub fn url(&mut self, key: &'static str, schemes: &[&str]) -> Option<String> {
         let (value, source) = self.get(key)?;
         if values::is_url(&value, schemes) {
-            let value = value.trim_end_matches('/').to_owned();
             self.note(key, value.clone(), source);
             return Some(value);
         }
@@ -283,6 +286,18 @@ impl Reader {
         ));
         self.note(key, String::new(), Source::Default);
         None
+    }
+
+    /// The existing agent keeps a database file at the store's path; ours is a directory beside it.
+    pub fn beside_a_file(&mut self, key: &'static str, path: PathBuf) -> PathBuf {
+        if !path.is_file() {
+            return path;
+        }
+        let mut beside = path.into_os_string();
+        beside.push(".d");
+        let beside = PathBuf::from(beside);
+        self.change(key, beside.display().to_string());
+        beside
     }
 
     /// Two texts of a final and their overhead must fit the reserve.
@@ -354,18 +369,21 @@ fn shown(key: &str, value: &str) -> String {
     value.chars().take(SHOWN_CHARACTERS).collect()
 }
 
-enum Line<'a> {
+enum Line {
     Nothing,
-    Pair(&'a str, &'a str),
+    Pair(String, String),
     Unreadable,
 }
 
 /// `KEY=VALUE`, as a shell or a service manager reads simple lines: comments, `export `, quotes.
-fn parse_line(line: &str) -> Line<'_> {
-    let line = line.trim();
-    if line.is_empty() || line.starts_with(['#', ';']) {
+fn parse_line(line: &[u8]) -> Line {
+    let line = line.trim_ascii();
+    if line.is_empty() || line.starts_with(b"#") || line.starts_with(b";") {
         return Line::Nothing;
     }
+    let Ok(line) = std::str::from_utf8(line) else {
+        return Line::Unreadable;
+    };
     let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
     let Some((key, value)) = line.split_once('=') else {
         return Line::Unreadable;
@@ -375,15 +393,49 @@ fn parse_line(line: &str) -> Line<'_> {
     if key.is_empty() || !key.bytes().all(is_name) {
         return Line::Unreadable;
     }
-    let value = value.trim();
-    for quote in ['"', '\''] {
-        if let Some(inner) = value.strip_prefix(quote) {
-            return match inner.split_once(quote) {
-                Some((inner, _)) => Line::Pair(key, inner),
-                None => Line::Unreadable,
-            };
+    match unquoted(value) {
+        Some(value) => Line::Pair(key.to_owned(), value),
+        None => Line::Unreadable,
+    }
+}
+
+/// The value that a shell would assign, save that blanks inside need no quotes. `None` if it goes
+/// on in the next line: a quote is not closed, or a backslash stands at the end.
+fn unquoted(text: &str) -> Option<String> {
+    let mut value = String::new();
+    // Blanks after this are no part of the value, unless more of it follows.
+    let mut end = 0;
+    let mut after_blank = false;
+    let mut characters = text.trim_start().chars();
+    if text.starts_with(char::is_whitespace) && characters.as_str().starts_with('#') {
+        return Some(value);
+    }
+    while let Some(character) = characters.next() {
+        match character {
+            '#' if after_blank => break,
+            '\'' => {
+                let (inner, rest) = characters.as_str().split_once('\'')?;
+                value.push_str(inner);
+                characters = rest.chars();
+            }
+            '"' => loop {
+                match characters.next()? {
+                    '"' => break,
+                    '\\' => match characters.next()? {
+                        escaped @ ('"' | '\\' | '$' | '`') => value.push(escaped),
+                        other => value.extend(['\\', other]),
+                    },
+                    inner => value.push(inner),
+                }
+            },
+            '\\' => value.push(characters.next()?),
+            other => value.push(other),
+        }
+        after_blank = character.is_whitespace();
+        if !after_blank {
+            end = value.len();
         }
     }
-    let value = value.split(" #").next().unwrap_or_default().trim_end();
-    Line::Pair(key, value)
+    value.truncate(end);
+    Some(value)
 }

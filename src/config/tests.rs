@@ -38,9 +38,12 @@ fn only_the_url_is_fatal() {
         "https://",
         "http://u:p@cp",
         "http://a b",
+        "http://h:99999",
+        "http://h?query",
     ] {
         let loaded = loaded(&[("SH_CONTROL_PLANE_URL", url)]);
         assert!(loaded.config.is_err(), "{url:?}");
+        assert_eq!(loaded.local.spool_cap_bytes, 64 << 20, "{url:?}");
     }
 }
 
@@ -155,6 +158,88 @@ fn the_environment_wins_over_the_file() {
     let missing = load(std::iter::empty(), Some(&file));
     assert!(missing.config.is_err());
     assert!(missing.warnings[0].0.contains("hostlink.env"));
+}
+
+/// The outcome of a file of these bytes, with an empty environment.
+fn of_file(name: &str, bytes: &[u8]) -> Loaded {
+    let dir = std::env::temp_dir().join(format!("hostlink-config-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("directory");
+    let file = dir.join("hostlink.env");
+    std::fs::write(&file, bytes).expect("file");
+    let loaded = load(std::iter::empty(), Some(&file));
+    std::fs::remove_dir_all(&dir).expect("clean up");
+    loaded
+}
+
+#[test]
+fn a_file_of_another_system_does_not_take_the_url_away() {
+    let bytes = b"\xef\xbb\xbfSH_CONTROL_PLANE_URL=https://cp\r\n# gr\xfc\xdfe\r\n";
+    let marked = of_file("marked", bytes);
+    assert_eq!(marked.warnings, []);
+    assert_eq!(
+        marked.config.expect("usable").control_plane_url,
+        "https://cp"
+    );
+    let broken = of_file(
+        "broken",
+        b"HOSTLINK_LOG=\xff\nSH_CONTROL_PLANE_URL=https://cp\n",
+    );
+    assert_eq!(broken.warnings.len(), 1, "{:?}", broken.warnings);
+    assert!(broken.warnings[0].0.contains("line 1"));
+    assert!(broken.config.is_ok());
+    let large = of_file("large", "\u{fc}\n".repeat(100_000).as_bytes());
+    assert!(large.warnings[0].0.contains("larger than 262144"));
+}
+
+#[test]
+fn lines_are_read_as_a_shell_reads_them() {
+    let check = |line: &str, value: &str| {
+        let loaded = of_file("line", format!("{line}\n").as_bytes());
+        assert_eq!(loaded.warnings, [], "{line}");
+        let found = loaded.settings.iter().find(|it| it.key == "NO_PROXY");
+        assert_eq!(found.expect("known key").value, value, "{line}");
+    };
+    check("NO_PROXY=a", "a");
+    check("  export NO_PROXY = a b ", "a b");
+    check("NO_PROXY=a # why", "a");
+    check("NO_PROXY=a\t# why", "a");
+    check("NO_PROXY= # why", "");
+    check("NO_PROXY=#a#b", "#a#b");
+    check("NO_PROXY='a # b'", "a # b");
+    check("NO_PROXY='a\\b'", "a\\b");
+    check(r#"NO_PROXY="a\"b\\c\d" # why"#, r#"a"b\c\d"#);
+    check("NO_PROXY=a'b'\"c\"d", "abcd");
+    check(r"NO_PROXY=a\#b\ c", "a#b c");
+    for unreadable in [
+        "NO_PROXY='a",
+        "NO_PROXY=\"a",
+        "NO_PROXY=a\\",
+        "NO PROXY=a",
+        "=a",
+    ] {
+        let loaded = of_file("line", unreadable.as_bytes());
+        assert_eq!(loaded.warnings.len(), 1, "{unreadable}");
+    }
+}
+
+#[test]
+fn a_database_of_the_existing_agent_is_left_alone() {
+    let dir = std::env::temp_dir().join(format!("hostlink-config-db-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("directory");
+    let database = dir.join("outbox");
+    std::fs::write(&database, "").expect("file");
+    let loaded = loaded(&[URL, ("HOSTLINK_STATE_PATH", dir.to_str().expect("text"))]);
+    std::fs::remove_dir_all(&dir).expect("clean up");
+    let beside = dir.join("outbox.d");
+    assert_eq!(loaded.local.local_store_path, beside);
+    let setting = loaded
+        .settings
+        .iter()
+        .find(|it| it.key == "HOSTLINK_LOCAL_STORE_PATH");
+    assert_eq!(
+        setting.expect("known key").value,
+        beside.to_str().expect("text")
+    );
 }
 
 #[test]

@@ -1,7 +1,11 @@
 //! How single values are written: `100ms`, `30s`, `5m`, `1h`; `true`, `yes`, `1`.
 
+use std::net::Ipv6Addr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
+
+const URL_BYTES_MAX: usize = 2048;
+const HOST_BYTES_MAX: usize = 255;
 
 /// The range of a duration that has none.
 pub const ANY_TIME: RangeInclusive<Duration> =
@@ -45,19 +49,50 @@ pub fn boolean(text: &str) -> Option<bool> {
     }
 }
 
-/// Whether this is a URL of one of the schemes, with a host and without blanks.
+/// Whether this is a URL that the agent can use: one of the schemes, a host, perhaps a port, no user
+/// and no fragment. As strict as the network layer, so that `config --check` promises a start.
 pub fn is_url(text: &str, schemes: &[&str]) -> bool {
     let Some((scheme, rest)) = text.split_once("://") else {
         return false;
     };
-    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
-    schemes
-        .iter()
-        .any(|known| scheme.eq_ignore_ascii_case(known))
-        && !host.is_empty()
-        && !host.starts_with(':')
-        && !host.contains('@')
+    let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
+    // Paths are appended to the control plane's URL, so that it cannot end in a query.
+    let forbidden: &[char] = if schemes.contains(&"http") {
+        &['#', '?']
+    } else {
+        &['#']
+    };
+    text.len() <= URL_BYTES_MAX
         && text.bytes().all(|byte| byte.is_ascii_graphic())
+        && schemes
+            .iter()
+            .any(|known| scheme.eq_ignore_ascii_case(known))
+        && is_authority(authority)
+        && !path.contains(forbidden)
+}
+
+/// `host`, `host:port`, `[v6]` or `[v6]:port`.
+fn is_authority(text: &str) -> bool {
+    let (is_host, port) = match text.strip_prefix('[') {
+        Some(rest) => match rest.split_once(']') {
+            Some((address, "")) => (address.parse::<Ipv6Addr>().is_ok(), ""),
+            Some((address, after)) => match after.strip_prefix(':') {
+                Some(port) => (address.parse::<Ipv6Addr>().is_ok(), port),
+                None => return false,
+            },
+            None => return false,
+        },
+        None => {
+            let (host, port) = text.split_once(':').unwrap_or((text, ""));
+            let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"-._".contains(&byte);
+            let fits = (1..=HOST_BYTES_MAX).contains(&host.len());
+            (fits && host.bytes().all(is_name), port)
+        }
+    };
+    let is_port = port.is_empty()
+        || port.bytes().all(|byte| byte.is_ascii_digit())
+            && port.parse::<u16>().is_ok_and(|port| port > 0);
+    is_host && is_port
 }
 
 /// `user:password@` of a URL, masked.
