@@ -2,14 +2,14 @@
 
 use std::process::{Command, Stdio};
 
-use crate::support::{Agent, ScriptedServer};
+use crate::support::{Agent, ScriptedServer, program};
 
 #[test]
 fn the_second_agent_says_who_holds_the_directory() {
     let server = ScriptedServer::start();
     let mut agent = Agent::start(&server);
     server.link();
-    let second = Command::new(env!("CARGO_BIN_EXE_hostlink-edge"))
+    let second = Command::new(program())
         .arg("run")
         .env_clear()
         .env("SH_CONTROL_PLANE_URL", server.url())

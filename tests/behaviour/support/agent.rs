@@ -128,7 +128,7 @@ impl Agent {
     /// Starts the process, on the state that is there.
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the agent runs already");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_hostlink-edge"))
+        let mut child = Command::new(program())
             .arg("run")
             .env_clear()
             .envs(&self.env)
@@ -261,5 +261,14 @@ impl Drop for Agent {
             let _ = process.ended.recv_timeout(DEADLINE);
         }
         let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// The agent under test: `HOSTLINK_TEST_BINARY`, so that a release or a cross-built binary passes
+/// the same tests, or the one that was built with them.
+pub fn program() -> PathBuf {
+    match std::env::var_os("HOSTLINK_TEST_BINARY") {
+        Some(path) => std::fs::canonicalize(path).expect("HOSTLINK_TEST_BINARY exists"),
+        None => env!("CARGO_BIN_EXE_hostlink-edge").into(),
     }
 }

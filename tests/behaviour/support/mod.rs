@@ -18,7 +18,7 @@ pub mod server;
 pub mod task;
 pub mod tls;
 
-pub use agent::Agent;
+pub use agent::{Agent, program};
 pub use http::Answer;
 pub use link::Reaction;
 pub use log::{Event, Frame, Log};
