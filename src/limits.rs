@@ -202,6 +202,9 @@ pub const INDEX_CHECK_MEMORY_BYTES: u64 = 64 * MIB as u64;
 /// A file system that stays full for this long is not waited for any more: the oldest output is
 /// dropped, as it is when the cap is reached.
 pub const DISK_FULL_PATIENCE: Duration = Duration::from_secs(10);
+/// A lock that is held is tried again for this long, this often.
+pub const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+pub const LOCK_RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Between attempts to leave the in-memory store for the disk again.
 pub const STORE_REOPEN_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -267,7 +270,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              CONCURRENCY_MAX × 2 tails × FINAL_OUTPUT_BYTES_DEFAULT                       512 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
-//              one segment read for replay                                                  256 KiB
+//              one segment read for replay                                                  520 KiB
 //   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
 //   net        data lane, DATA_LANE_FRAMES × 16 KiB, six times that if JSON must escape     384 KiB
 //              one inbound message, raw and decoded                                       2,048 KiB

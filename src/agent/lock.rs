@@ -7,9 +7,8 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
-
 use super::status;
+use crate::outbox;
 
 /// Held as long as it lives.
 #[derive(Debug)]
@@ -65,7 +64,7 @@ pub fn acquire(state_path: &Path) -> Result<Lock, LockError> {
         Ok(directory) => directory,
         Err(error) => return Err(LockError::Unavailable { path, error }),
     };
-    match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+    match outbox::lock_folder(&directory) {
         Ok(()) => Ok(Lock {
             _directory: directory,
         }),

@@ -9,9 +9,12 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::fs::{FallocateFlags, FlockOperation};
 use rustix::io::Errno;
+
+use crate::limits::{LOCK_PATIENCE, LOCK_RETRY_DELAY};
 
 pub(super) trait Disk: Send {
     /// Names of all files in the folder, in any order.
@@ -38,6 +41,23 @@ pub(super) trait DiskFile: Send {
     fn sync_data(&mut self) -> io::Result<()>;
 }
 
+/// Locks a folder, and waits a moment for one that is held: a process that was just killed may
+/// have left a child that has not replaced its image yet and still shares the lock.
+///
+/// # Errors
+/// `WOULDBLOCK` if it is held for longer than [`LOCK_PATIENCE`]. Blocks that long.
+pub fn lock_folder(folder: &File) -> Result<(), Errno> {
+    let patience = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match rustix::fs::flock(folder, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if Instant::now() < patience => {
+                std::thread::sleep(LOCK_RETRY_DELAY);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
 /// A folder of the real file system.
 pub(super) struct RealDisk {
     dir: PathBuf,
@@ -59,7 +79,7 @@ impl RealDisk {
             }
         }
         let lock = File::open(dir)?;
-        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        match lock_folder(&lock) {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOLCK) => {}
             Err(Errno::WOULDBLOCK) => {
                 return Err(io::Error::other("another process has it open"));

@@ -53,6 +53,7 @@ use std::sync::{Arc, OnceLock};
 
 use crate::limits::STORAGE_QUEUE;
 
+pub use disk::lock_folder;
 pub use handle::{Acks, AppendError, FinishError, Handle};
 pub use types::*;
 
