@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::pipe;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -127,6 +128,35 @@ fn messages_that_nobody_reads_change_no_exit_code() {
     check(&["config"], 78);
     check(&["run"], 78);
     check(&["--help"], 0);
+}
+
+#[test]
+fn priorities_stand_in_front_where_stderr_is_a_journal() {
+    let dir = Directory::new("journal");
+    let check = |is_journal: bool| {
+        let path = dir.0.join("stderr");
+        let file = fs::File::create(&path).expect("file");
+        let place = file.metadata().expect("an open file");
+        let inode = place.ino() + u64::from(!is_journal);
+        let mut command = program(&["run"]);
+        command.env("JOURNAL_STREAM", format!("{}:{inode}", place.dev()));
+        command.env("HOSTLINK_LOG", "loud").stderr(file);
+        assert_eq!(command.status().expect("it starts").code(), Some(78));
+        fs::read_to_string(&path).expect("text")
+    };
+    let journal = check(true);
+    let lines: Vec<_> = journal.lines().collect();
+    assert!(lines[0].starts_with("<4>HOSTLINK_LOG=loud"), "{journal}");
+    assert!(lines[1].starts_with("<3>SH_CONTROL_PLANE_URL"), "{journal}");
+    let elsewhere = check(false);
+    assert!(
+        elsewhere.contains("Z WARN  HOSTLINK_LOG=loud"),
+        "{elsewhere}"
+    );
+    assert!(
+        elsewhere.contains("Z ERROR SH_CONTROL_PLANE_URL"),
+        "{elsewhere}"
+    );
 }
 
 #[test]
