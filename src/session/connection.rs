@@ -6,7 +6,9 @@ use log::{info, warn};
 
 use super::{EXTENSIONS, Effect, Lease, Now, Session, Settings, hello};
 use crate::ids::{AttemptKey, Ids, Stream};
-use crate::limits::{BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, PONG_TIMEOUT};
+use crate::limits::{
+    BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, OPEN_ATTEMPTS_MAX, PONG_TIMEOUT,
+};
 use crate::wire::message_id::Piece;
 use crate::wire::{Hello, HelloAck, MessageId};
 
@@ -255,7 +257,9 @@ impl<C: Copy + Ord + Default> Session<C> {
                 _ => info!("hello_ack acknowledges {id:.80}, which is no final of this store"),
             }
         }
-        for discarded in ack.discarded_attempts.unwrap_or_default() {
+        // More than this device can hold are none of its attempts.
+        let discarded = ack.discarded_attempts.unwrap_or_default();
+        for discarded in discarded.into_iter().take(OPEN_ATTEMPTS_MAX) {
             let Some(ids) = Ids::new(&discarded.task_id, &discarded.execution_attempt_id) else {
                 continue;
             };
