@@ -431,15 +431,11 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         }
         let id = lane_of(key, piece);
         let idle = self.window.used_by(id).0 == 0;
-        let mut back_to = None;
+        let back_to = self.unpark(id);
         let mut still_behind = false;
         if let Some(lane) = self.lane_mut(id) {
             lane.since = now;
             lane.resent = false;
-            if let Flow::Parked(at) = lane.flow {
-                lane.flow = Flow::Open;
-                back_to = Some(at);
-            }
             still_behind = lane.gap.is_some_and(|gap| highest <= gap.highest_accepted);
             if !still_behind {
                 lane.gap = None;
@@ -460,6 +456,9 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     pub fn refused(&mut self, key: AttemptKey, piece: Piece) {
         self.window
             .remove(|entry| entry.key == key && entry.piece == piece);
+        if let Some(at) = self.unpark(lane_of(key, piece)) {
+            self.rewind_to(at);
+        }
     }
 
     /// A retryable error about this message: it is sent again after the acknowledgement timeout.
@@ -478,6 +477,16 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         self.lanes
             .iter()
             .find(|lane| matches!(lane.flow, Flow::Parked(_)))
+    }
+
+    /// Room has returned to a lane: where to go on with it, if it was passed over.
+    fn unpark(&mut self, id: LaneId) -> Option<C> {
+        let lane = self.lane_mut(id)?;
+        let Flow::Parked(at) = lane.flow else {
+            return None;
+        };
+        lane.flow = Flow::Open;
+        Some(at)
     }
 
     fn pass_over(&mut self, at: C) {

@@ -1,5 +1,9 @@
 //! The session against a scripted server and a store that is a list, in virtual time.
 
+mod simulation;
+
+use std::collections::HashSet;
+
 use super::*;
 use crate::limits::{ACK_TIMEOUT, GAP_ROUND, WINDOW_STREAM_MESSAGES};
 use crate::wire::agent_message::{Capabilities, SpoolStatus};
@@ -41,10 +45,14 @@ struct Bench {
     session: Session<usize>,
     now: Now,
     log: Vec<Stored>,
-    acked: Vec<Stored>,
+    acked: HashSet<Stored>,
     /// What went to the server: attempt, piece, flagged as truncated.
     sent: Vec<(AttemptKey, Piece, bool)>,
     effects: Vec<Effect<usize>>,
+    /// Streams of which chunks were given up: the next one follows a hole.
+    holes: Vec<(AttemptKey, Stream)>,
+    /// Payload of a message.
+    bytes: fn(Piece) -> usize,
 }
 
 impl Bench {
@@ -53,9 +61,11 @@ impl Bench {
             session: Session::new(settings(), INCARNATION.into(), 7, Now::ZERO),
             now: Now::ZERO,
             log: Vec::new(),
-            acked: Vec::new(),
+            acked: HashSet::new(),
             sent: Vec::new(),
             effects: Vec::new(),
+            holes: Vec::new(),
+            bytes: |_| 100,
         }
     }
 
@@ -138,11 +148,12 @@ impl Bench {
                     }
                 }
                 Effect::Reject { key, piece } => {
-                    self.acked.push((*key, *piece));
+                    self.acked.insert((*key, *piece));
                     self.session.settled();
                 }
                 Effect::GiveUpStream { key, stream } => {
-                    let dropped = self.log.iter().filter(|(of, piece)| {
+                    self.holes.push((*key, *stream));
+                    let dropped = self.log.iter().copied().filter(|(of, piece)| {
                         of == key && matches!(piece, Piece::Output(on, _) if on == stream)
                     });
                     self.acked.extend(dropped);
@@ -173,8 +184,11 @@ impl Bench {
             at,
             key,
             piece,
-            bytes: 100,
-            after_hole: false,
+            bytes: (self.bytes)(piece),
+            after_hole: match piece {
+                Piece::Output(stream, _) => self.holes.contains(&(key, stream)),
+                _ => false,
+            },
         });
         let admission = self
             .session
@@ -190,7 +204,9 @@ impl Bench {
 
     fn acknowledge(&mut self, ack: Ack) {
         match ack {
-            Ack::Final { key } => self.acked.push((key, Piece::Final)),
+            Ack::Final { key } => {
+                self.acked.insert((key, Piece::Final));
+            }
             Ack::Output {
                 key,
                 stream,

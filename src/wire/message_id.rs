@@ -9,7 +9,7 @@ use serde::{Serialize, Serializer};
 use crate::ids::{AttemptKey, Stream};
 
 /// Which message of an attempt an id names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Piece {
     Output(Stream, u64),
     Final,

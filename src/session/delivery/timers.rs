@@ -1,18 +1,21 @@
 //! What is due when: repeats of what was not acknowledged, further rounds of a gap, expired lanes.
 
 use super::{Action, Delivery, Wait};
-use crate::limits::{ACK_TIMEOUT, GAP_ROUND, STREAM_STALL};
+use crate::limits::{ACK_TIMEOUT, GAP_ROUND, LANES_MAX, STREAM_STALL};
 use crate::session::Now;
-use crate::session::failures::Failures;
+use crate::session::failures::{Failures, LaneId};
 
 impl<C: Copy + Ord + Default> Delivery<C> {
     /// Does what is due: repeats, further rounds of a gap. Expired lanes come out as actions.
     pub fn on_time(&mut self, failures: &mut Failures, now: Now) {
         let mut back_to: Option<C> = None;
+        let mut again = heapless::Vec::<LaneId, LANES_MAX>::new();
         self.window.remove(|entry| {
             let due = entry.overtaken && entry.sent_at + ACK_TIMEOUT <= now;
             if due {
                 back_to = Some(back_to.map_or(entry.at, |at| at.min(entry.at)));
+                // A window has fewer messages than there may be lanes.
+                let _ = again.push(entry.lane());
             }
             due
         });
@@ -37,6 +40,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             }
             lane.resent = true;
             lane.since = now;
+            let _ = again.push(id);
             self.window.remove(|entry| {
                 let again = entry.lane() == id;
                 if again {
@@ -44,6 +48,11 @@ impl<C: Copy + Ord + Default> Delivery<C> {
                 }
                 again
             });
+        }
+        // A lane that was passed over would be passed over again.
+        for id in again {
+            let parked = self.unpark(id);
+            back_to = back_to.into_iter().chain(parked).min();
         }
         if let Some(at) = back_to {
             self.rewind_to(at);
