@@ -62,7 +62,7 @@ pub enum Input {
 
 pub struct Driver {
     pub(super) context: Rc<Context>,
-    session: Session<Cursor>,
+    session: Box<Session<Cursor>>,
     begun: Duration,
     pub(super) incarnation: Rc<str>,
     pub(super) connection: Option<Connection>,
@@ -82,7 +82,7 @@ enum Stopping {
 }
 
 impl Driver {
-    pub fn new(context: Rc<Context>, session: Session<Cursor>, begun: Duration) -> Driver {
+    pub fn new(context: Rc<Context>, session: Box<Session<Cursor>>, begun: Duration) -> Driver {
         Driver {
             incarnation: context.outbox.incarnation().into(),
             context,

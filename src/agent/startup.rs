@@ -30,7 +30,10 @@ const INPUTS_WAITING: usize = 64;
 /// Runs the agent until it is told to stop. Returns the exit code.
 pub fn run(config: Config) -> u8 {
     let executor = Rc::new(LocalExecutor::new());
-    smol::block_on(executor.run(start(config, executor.clone())))
+    // On the heap: the executor's own future would hold it, and the stack with it, four times over
+    // (1.8 MiB resident instead of 0.2).
+    let agent = Box::pin(start(config, executor.clone()));
+    smol::block_on(executor.run(agent))
 }
 
 async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
@@ -95,7 +98,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         None
     };
     if let Some(context) = parts.register().or(stopped).await {
-        serve(Rc::new(context), recovered, to_driver, begun).await;
+        Box::pin(serve(Rc::new(context), recovered, to_driver, begun)).await;
     }
     store.close().await;
     info!("stopped");
@@ -125,7 +128,7 @@ async fn serve(
     };
     let incarnation = context.outbox.incarnation().to_owned();
     let now = boot_time().saturating_sub(begun);
-    let mut session = Session::new(settings, incarnation, random_seed(), now);
+    let mut session = Box::new(Session::new(settings, incarnation, random_seed(), now));
     session.recovered(queued_tasks(recovered));
     let driver = Driver::new(context.clone(), session, begun);
 
