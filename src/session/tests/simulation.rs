@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::*;
-use crate::limits::{WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_STREAM_BYTES};
+use crate::limits::{WINDOW_BYTES, WINDOW_MESSAGES};
 use crate::session::backoff::Random;
 
 const ATTEMPTS: [&str; 4] = ["a", "b", "c", "d"];
@@ -143,7 +143,6 @@ impl Simulation {
             bytes <= WINDOW_BYTES || messages == 1,
             "{messages} messages, {bytes} bytes"
         );
-        assert!(WINDOW_STREAM_BYTES <= WINDOW_BYTES);
     }
 
     fn hello_ack(&self) -> HelloAck {
