@@ -1,5 +1,6 @@
 //! One attempt from "about to start" to its stored final (PROTOCOL.md 4.6, 4.7).
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -98,6 +99,7 @@ async fn execute(
         ids,
         key: ids.key(),
         stored: ids.has_result_channel() && context.results_over_websocket(),
+        waits: Cell::new(false),
     };
     let controls = Controls {
         stop,
@@ -216,6 +218,8 @@ struct TaskStore<'a> {
     key: AttemptKey,
     /// Without a result channel no chunk is stored: nothing could ever take it.
     stored: bool,
+    /// The store refuses output, and that has been told.
+    waits: Cell<bool>,
 }
 
 impl OutputStore for TaskStore<'_> {
@@ -231,10 +235,17 @@ impl OutputStore for TaskStore<'_> {
         let last = first_sequence + batch.len() as u64 - 1;
         let outbox = &self.context.outbox;
         match outbox.append(self.key, stream, first_sequence, batch).await {
-            Ok(buffers) => Ok(buffers),
+            Ok(buffers) => {
+                if self.waits.replace(false) {
+                    info!("task {}: its output is stored again", self.ids);
+                }
+                Ok(buffers)
+            }
             Err((batch, error)) => match error {
                 StoreError::Full | StoreError::Io(_) => {
-                    warn!("task {}: output waits: {error}", self.ids);
+                    if !self.waits.replace(true) {
+                        warn!("task {}: output waits: {error}", self.ids);
+                    }
                     Err(batch)
                 }
                 // Stored by an earlier try whose outcome was unknown.

@@ -422,6 +422,9 @@ async fn conclude(
     let has_exit_code = result.status != "interrupted" && (0..=255).contains(&result.exit_code);
     if !has_exit_code {
         notice += &match progress.stderr_bytes == 0 && !unstreamed && !error.is_empty() {
+            true if error.starts_with(&result.status) => {
+                format!("hostlink-edge: {}\n", error.trim_end())
+            }
             true => format!("hostlink-edge: {}: {}\n", result.status, error.trim_end()),
             false => format!("hostlink-edge: {} without an exit code\n", result.status),
         };

@@ -92,7 +92,8 @@ impl Engine {
                 }
             }
             Err(why) => {
-                log::warn!("cannot store {} facts in the outbox: {why}", staged.len());
+                // Whoever asked tells what it means; this may come many times a second.
+                log::debug!("cannot store {} facts in the outbox: {why}", staged.len());
                 for fact in staged {
                     fact.fact.refuse(&why);
                 }
