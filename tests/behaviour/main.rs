@@ -27,6 +27,7 @@ mod retryable_error_keeps_connection;
 mod runs_once;
 mod second_agent_exit_75;
 mod sigterm_stops_cleanly;
+mod storage_faults;
 mod tls_private_ca;
 mod unknown_message_type;
 mod volatile_store;

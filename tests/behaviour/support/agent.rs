@@ -51,6 +51,8 @@ pub struct Agent {
     env: BTreeMap<String, String>,
     process: Option<Process>,
     log: Arc<AgentLog>,
+    /// Faults that strace injects into the next process.
+    faults: Option<String>,
 }
 
 impl Agent {
@@ -81,6 +83,7 @@ impl Agent {
             env: BTreeMap::new(),
             process: None,
             log: Arc::default(),
+            faults: None,
         };
         server.show_on_failure(Arc::clone(&agent.log));
         let state = agent.state().display().to_string();
@@ -128,7 +131,17 @@ impl Agent {
     /// Starts the process, on the state that is there.
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the agent runs already");
-        let mut child = Command::new(program())
+        let mut command = match self.faults.take() {
+            None => Command::new(program()),
+            Some(faults) => {
+                // The tracer is a grandchild, so that the child is the agent itself.
+                let mut strace = Command::new("/usr/bin/strace");
+                strace.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &faults]);
+                strace.arg(program());
+                strace
+            }
+        };
+        let mut child = command
             .arg("run")
             .env_clear()
             .envs(&self.env)
@@ -181,6 +194,30 @@ impl Agent {
                 panic!("the agent did not end ({error})\n{}", self.log.text());
             }
         }
+    }
+
+    /// How the process has ended by itself, if it does within this time.
+    pub fn wait_exit_within(&mut self, time: Duration) -> Option<ExitStatus> {
+        let status = self.running().ended.recv_timeout(time).ok()?;
+        self.process = None;
+        Some(status)
+    }
+
+    /// Injects faults into the next process that is started, in the words of `strace -e inject=`.
+    pub fn inject(&mut self, faults: &str) {
+        self.faults = Some(format!("inject={faults}"));
+    }
+
+    /// Whether faults can be injected on this machine. Says loudly if not.
+    pub fn can_inject() -> bool {
+        let tried = Command::new("/usr/bin/strace")
+            .args(["-D", "-f", "-qq", "-o", "/dev/null", "true"])
+            .status();
+        let can = tried.is_ok_and(|status| status.success());
+        if !can {
+            eprintln!("SKIPPED: install strace (and allow ptrace) to test faults of the disk");
+        }
+        can
     }
 
     /// `Some` if the process has ended by itself.

@@ -1,0 +1,133 @@
+//! Faults of the disk, from outside: strace makes system calls of the agent fail, wait, or end it.
+//! Whatever happens, what arrives is an exact prefix, nothing runs twice, and the agent recovers by
+//! itself.
+//!
+//! `HOSTLINK_FAULT_STEP=1` ends the agent at every call instead of at some.
+
+use std::time::Duration;
+
+use hostlink_edge::ids::{FinalStatus, Stream};
+
+use crate::support::{Agent, ScriptedServer, Task};
+
+const LINES: usize = 30;
+/// Far longer than the task takes.
+const RUN_TIME: Duration = Duration::from_secs(4);
+
+fn printing(agent: &Agent, name: &str) -> Task {
+    let command = format!(
+        "{}; for i in $(seq {LINES}); do echo line $i of the stream; sleep 0.02; done",
+        agent.trace(name)
+    );
+    Task::new(name, command)
+}
+
+fn expected_text() -> String {
+    (1..=LINES)
+        .map(|number| format!("line {number} of the stream\n"))
+        .collect()
+}
+
+/// The fault passes: everything arrives over the one connection.
+fn survives(faults: &str, name: &str) {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.inject(faults);
+    agent.start_again();
+    server.link();
+    let task = printing(&agent, name);
+    server.deliver(&task);
+    let end = server.wait_end(&task);
+    server.check_eq(
+        (end.status, end.exit_code),
+        (FinalStatus::Completed, 0),
+        faults,
+    );
+    let text = server.look(|log| log.text(&task.ids, Stream::Stdout));
+    server.check_eq(text, expected_text(), faults);
+    server.check_eq(agent.runs(name), 1, "runs");
+    server.check_eq(server.look(|log| log.connections()), 1, "connections");
+}
+
+#[test]
+fn a_full_disk_in_the_middle_costs_nothing() {
+    survives("pwrite64:error=ENOSPC:when=12..31", "full");
+}
+
+#[test]
+fn a_failed_sync_costs_nothing() {
+    survives("fdatasync:error=EIO:when=12", "failed-sync");
+}
+
+#[test]
+fn a_slow_disk_costs_nothing() {
+    survives("fdatasync:delay_enter=200000", "slow");
+}
+
+/// Ends the agent at its n-th call, from `first` on; then it starts again without faults.
+fn ends_at(call: &str, first: usize, last: usize, step: usize) {
+    if !Agent::can_inject() {
+        return;
+    }
+    let step = match std::env::var("HOSTLINK_FAULT_STEP") {
+        Ok(step) => step.parse().expect("HOSTLINK_FAULT_STEP is a number"),
+        Err(_) => step,
+    };
+    let server = ScriptedServer::start();
+    let mut agent = Agent::start(&server);
+    server.link();
+    let mut hits = 0;
+    for nth in (first..=last).step_by(step) {
+        let name = format!("{call}-{nth}");
+        let task = printing(&agent, &name);
+        agent.terminate();
+        server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
+        agent.inject(&format!("{call}:signal=KILL:when={nth}"));
+        agent.start_again();
+        if agent.wait_exit_within(RUN_TIME).is_some() {
+            hits += 1;
+            agent.start_again();
+        }
+        let end = server.wait_end(&task);
+        server.policy(|policy| policy.deliver_on_hello.clear());
+        let runs = agent.runs(&name);
+        let text = server.look(|log| log.text(&task.ids, Stream::Stdout));
+        let context = format!(
+            "{name}: {runs} runs, {:?}, {} bytes",
+            end.status,
+            text.len()
+        );
+        server.note(&context);
+        let expected = expected_text();
+        server.check(expected.starts_with(&text), &context);
+        match end.status {
+            FinalStatus::Completed => server.check(runs == 1 && text == expected, &context),
+            FinalStatus::Interrupted => server.check(runs <= 1, &context),
+            FinalStatus::Failed => server.fail(&context),
+        }
+    }
+    server.check(hits > 0, &format!("{call} was never met"));
+}
+
+#[test]
+fn the_agent_may_end_at_any_write() {
+    ends_at("pwrite64", 1, 36, 4);
+}
+
+#[test]
+fn the_agent_may_end_at_any_sync() {
+    ends_at("fdatasync", 1, 36, 4);
+}
+
+#[test]
+fn the_agent_may_end_at_any_preallocation() {
+    ends_at("fallocate", 1, 3, 1);
+}
+
+#[test]
+fn the_agent_may_end_at_any_sync_of_a_directory() {
+    ends_at("fsync", 1, 6, 1);
+}
