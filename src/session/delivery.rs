@@ -239,16 +239,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     /// What to read next, if there is room and something to read. The answer must come back
     /// through [`Delivery::admit`].
     pub fn next_read(&mut self, now: Now) -> Option<ReadOrder<C>> {
-        if !self.active || self.reading || self.holds > 0 {
-            return None;
-        }
-        if self.batches_out >= BATCHES_IN_WRITER {
-            return None;
-        }
-        if self.at_end && !self.dirty {
-            return None;
-        }
-        if !self.room_returned(now) {
+        if !self.wants_to_read() || !self.room_returned(now) {
             return None;
         }
         let bulk_bytes = self.bulk.map_or(0, |lane| self.window.used_by(lane).1);
@@ -268,6 +259,15 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             max_bytes: max_bytes.max(1),
             skip,
         })
+    }
+
+    /// Whether only a full window may keep the next read back.
+    fn wants_to_read(&self) -> bool {
+        self.active
+            && !self.reading
+            && self.holds == 0
+            && self.batches_out < BATCHES_IN_WRITER
+            && (!self.at_end || self.dirty)
     }
 
     /// Room returns in portions, so that a read is worth its while.

@@ -53,6 +53,8 @@ struct Bench {
     holes: Vec<(AttemptKey, Stream)>,
     /// Payload of a message.
     bytes: fn(Piece) -> usize,
+    /// Batches that the writer holds; `None`: it writes at once.
+    in_writer: Option<usize>,
 }
 
 impl Bench {
@@ -66,6 +68,7 @@ impl Bench {
             effects: Vec::new(),
             holes: Vec::new(),
             bytes: |_| 100,
+            in_writer: None,
         }
     }
 
@@ -198,7 +201,10 @@ impl Bench {
             self.sent.push((key, piece, admitted.truncated));
         }
         if !admission.is_empty() {
-            self.session.transmitted();
+            match &mut self.in_writer {
+                Some(batches) => *batches += 1,
+                None => self.session.transmitted(),
+            }
         }
     }
 

@@ -75,7 +75,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             [expiry, round].into_iter().flatten()
         });
         let stall = match self.wait {
-            Wait::Stream(id, _) if self.parked().is_none() => {
+            Wait::Stream(id, _) if self.parked().is_none() && self.wants_to_read() => {
                 self.lane(id).map(|lane| lane.since + STREAM_STALL)
             }
             _ => None,

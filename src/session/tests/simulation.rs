@@ -40,6 +40,8 @@ struct Toggles {
     directs: bool,
     /// The server loses its memory at a cut.
     forgets: bool,
+    /// The socket takes batches slowly.
+    slow_writer: bool,
 }
 
 struct Simulation {
@@ -73,8 +75,10 @@ impl Simulation {
             large_steps_of_time: toss(3),
             directs: toss(2),
             forgets: toss(5),
+            slow_writer: toss(3),
         };
         let mut bench = Bench::new();
+        bench.in_writer = toggles.slow_writer.then_some(0);
         if toggles.large {
             bench.bytes = |piece| match piece {
                 Piece::Output(_, sequence) => (sequence as usize % 4) * 5461,
@@ -107,12 +111,26 @@ impl Simulation {
                 7..=11 => self.answer(),
                 12..=15 => self.store_something(),
                 16..=17 => self.pass_time(),
+                _ if self.write_batch() => {}
                 18 if self.toggles.cuts => self.cut(),
                 _ => self.bench.session.heard(self.bench.now),
             }
             self.settle();
         }
         self.heal();
+    }
+
+    /// The socket has taken a batch.
+    fn write_batch(&mut self) -> bool {
+        match &mut self.bench.in_writer {
+            Some(batches) if *batches > 0 => {
+                *batches -= 1;
+                self.bench.session.transmitted();
+                self.bench.run();
+                true
+            }
+            _ => false,
+        }
     }
 
     /// After every step: a session, what was sent on its way, and the invariants.
@@ -122,6 +140,9 @@ impl Simulation {
             self.to_agent.clear();
             self.sent_in_session.clear();
             self.taken = self.bench.sent.len();
+            if let Some(batches) = &mut self.bench.in_writer {
+                *batches = 0;
+            }
             let ack = self.hello_ack();
             self.bench.connect(ack);
         }
@@ -137,6 +158,11 @@ impl Simulation {
             self.to_server.push((key, piece, flagged));
         }
         self.taken = self.bench.sent.len();
+        self.bench.run();
+        let now = self.bench.now;
+        if let Some(deadline) = self.bench.session.next_deadline(now) {
+            assert!(deadline > now, "a busy loop: {:?}", self.toggles);
+        }
         let (messages, bytes) = self.bench.session.in_flight();
         assert!(messages <= WINDOW_MESSAGES);
         assert!(
@@ -316,6 +342,9 @@ impl Simulation {
         }
         loop {
             self.settle();
+            while self.write_batch() {
+                self.settle();
+            }
             while !self.to_server.is_empty() || !self.to_agent.is_empty() {
                 self.serve(false);
                 self.answer();
