@@ -120,6 +120,13 @@ pub const REGISTRATION_RETRY_MAX: Duration = Duration::from_secs(300);
 /// A `Retry-After` beyond this is cut: the device must not be sent away for days.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(3600);
 
+/// Commands of tasks that are being recorded, all together; one that is larger goes alone. A task
+/// beyond it is refused unrecorded, and polled for later.
+pub const RECORDING_BYTES_MAX: usize = 2 * COMMAND_BYTES_MAX;
+
+/// After a larger frame the next one is read only when it has been dealt with.
+pub const LARGE_FRAME_BYTES: usize = 16 * KIB;
+
 /// Attempts that wait for a free place to run. A further one is refused unrecorded.
 pub const TASK_QUEUE_MAX: usize = 256;
 

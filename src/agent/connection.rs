@@ -7,7 +7,7 @@ use futures_lite::future;
 
 use super::driver::Input;
 use super::{Context, frames};
-use crate::limits::{BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES};
+use crate::limits::{BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, LARGE_FRAME_BYTES};
 use crate::net::{self, Control, Incoming};
 use crate::outbox;
 use crate::session::delivery::Admission;
@@ -83,14 +83,24 @@ async fn run(
 
 async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) -> String {
     loop {
+        let mut is_large = false;
         let input = match reader.next().await {
-            Ok(Incoming::Text(frame)) => Input::Frame(id, frame),
+            Ok(Incoming::Text(frame)) => {
+                is_large = frame.len() > LARGE_FRAME_BYTES;
+                Input::Frame(id, frame)
+            }
             Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
             // The write loop answers the close and ends.
             Ok(Incoming::Closed(_)) => return future::pending().await,
             Err(why) => return why,
         };
         context.tell(input).await;
+        if is_large {
+            // Inputs that wait are counted, not weighed: of large ones there is one.
+            let (passed, has_passed) = async_channel::bounded(1);
+            context.tell(Input::Passed(passed)).await;
+            let _ = has_passed.recv().await;
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
 use crate::session::tasks::QueuedTask;
-use crate::session::{LinkState, Now, Recorded, Session};
+use crate::session::{LinkState, Now, Origin, Recorded, Session};
 use crate::wire::{ServerMessage, TaskOffer};
 
 /// Inputs that are taken in one turn before effects are carried out and others get a chance.
@@ -41,7 +41,9 @@ pub enum Input {
     Batch(Box<outbox::Batch>),
     Located(AttemptKey, Stream, Option<Cursor>),
     Offered(Box<TaskOffer>),
-    Recorded(QueuedTask, Recorded, bool),
+    Recorded(QueuedTask, Recorded, Origin),
+    /// Everything that was told before has been dealt with.
+    Passed(Sender<()>),
     /// Something was dropped from the store.
     Settled,
     TaskStarted(AttemptKey),
@@ -207,9 +209,11 @@ impl Driver {
             Input::Batch(batch) => self.take_batch(*batch, now),
             Input::Located(key, stream, at) => self.session.located(key, stream, at, now),
             Input::Offered(offer) => self.session.offered(*offer, false, now),
-            Input::Recorded(task, outcome, delivered) => {
-                self.session.recorded(task, outcome, delivered, now);
+            Input::Recorded(task, outcome, origin) => {
+                self.session.recorded(task, outcome, origin, now);
             }
+            // Whoever waits may be gone already.
+            Input::Passed(tell) => drop(tell.try_send(())),
             Input::Settled => self.session.settled(),
             Input::TaskStarted(key) => self.session.task_started(key, now),
             Input::TaskEnded(key) => {

@@ -18,7 +18,7 @@ use crate::net::{Control, NetError};
 use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception};
 use crate::session::reports::WaitingFinal;
 use crate::session::tasks::QueuedTask;
-use crate::session::{Ack, Effect, Recorded};
+use crate::session::{Ack, Effect, Origin, Recorded};
 use crate::wire::http::PolledTasks;
 use crate::wire::message_id::Piece;
 use crate::wire::{AgentMessage, TaskOffer, Timestamp};
@@ -108,8 +108,8 @@ impl Driver {
             Effect::DropFinal(key) => context.clone().spawn(async move {
                 told("drop a final", context.outbox.drop_final(key).await);
             }),
-            Effect::Record { offer, delivered } => {
-                context.clone().spawn(record(context, *offer, delivered));
+            Effect::Record { offer, origin } => {
+                context.clone().spawn(record(context, *offer, origin));
             }
             Effect::Start(queued) => {
                 let (stop, stopped) = async_channel::bounded(1);
@@ -237,7 +237,7 @@ async fn offer(
 }
 
 /// Records an offered task durably. A command that can never run ends at once.
-async fn record(context: Rc<Context>, offer: TaskOffer, delivered: bool) {
+async fn record(context: Rc<Context>, offer: TaskOffer, origin: Origin) {
     let ids = Arc::new(offer.ids);
     let unusable = if offer.command.len() > COMMAND_BYTES_MAX {
         Some(format!(
@@ -284,9 +284,7 @@ async fn record(context: Rc<Context>, offer: TaskOffer, delivered: bool) {
         priority: offer.priority,
         timeout_seconds: offer.timeout_seconds,
     };
-    context
-        .tell(Input::Recorded(task, outcome, delivered))
-        .await;
+    context.tell(Input::Recorded(task, outcome, origin)).await;
 }
 
 /// The key that names an attempt in the driver's tables.

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use async_channel::Receiver;
+use futures_lite::future;
 use log::{error, info, warn};
 use smol::Timer;
 
@@ -59,7 +60,7 @@ async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> b
                     false
                 };
                 // A task that is stopped now stays received and starts after the next start.
-                if futures_lite::future::or(stopped, retry).await {
+                if future::or(stopped, retry).await {
                     return false;
                 }
             }
@@ -191,7 +192,14 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
     let mut reported = false;
     let mut delay = STORE_RETRY_DELAY;
     loop {
-        match context.outbox.finish(key, fin).await {
+        let stored = if reported {
+            // Told together, so that the final is done before anybody can read it for sending.
+            let done = context.outbox.reported(key);
+            future::zip(context.outbox.finish(key, fin), done).await.0
+        } else {
+            context.outbox.finish(key, fin).await
+        };
+        match stored {
             Ok(()) => break,
             Err((_, StoreError::Unknown | StoreError::Closed)) => return,
             Err((refused, error)) => {

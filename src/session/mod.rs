@@ -9,7 +9,7 @@
 //! - [`tasks`]: what waits and what runs.
 //! - [`hello`], [`backoff`], [`failures`], [`window`]: their parts.
 //! - [`connection`]: one connection from its dial to its end.
-//! - [`incoming`]: what the server says.
+//! - [`incoming`]: what the server says; [`offers`]: tasks from their offer to their end.
 
 pub mod backoff;
 mod connection;
@@ -17,6 +17,7 @@ pub mod delivery;
 pub mod failures;
 pub mod hello;
 mod incoming;
+mod offers;
 pub mod polling;
 pub mod reports;
 pub mod tasks;
@@ -100,6 +101,14 @@ pub enum Recorded {
     NoRoom,
 }
 
+/// What has to be remembered of an offer until it is recorded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Origin {
+    /// By `task.deliver`: it wants an answer also if the attempt is known.
+    pub delivered: bool,
+    pub command_bytes: usize,
+}
+
 /// What the session wants done. Each is to be carried out in order.
 #[derive(Debug)]
 pub enum Effect<C> {
@@ -144,8 +153,7 @@ pub enum Effect<C> {
     /// Record a task durably; answer with [`Session::recorded`].
     Record {
         offer: Box<TaskOffer>,
-        /// By `task.deliver`: it wants an answer also if the attempt is known.
-        delivered: bool,
+        origin: Origin,
     },
     /// Start a recorded task; answer with [`Session::task_started`], [`Session::task_ended`].
     Start(QueuedTask),
@@ -461,94 +469,6 @@ impl<C: Copy + Ord + Default> Session<C> {
 
     fn room_has_returned(&self, now: Now) -> bool {
         self.tasks.has_room() && self.room_wanted.is_some_and(|at| at <= now)
-    }
-
-    // ---- tasks --------------------------------------------------------------------------------
-
-    /// Attempts that recovery found received and not started, in order of arrival.
-    pub fn recovered(&mut self, queued: impl Iterator<Item = QueuedTask>) {
-        for task in queued {
-            self.tasks.push(task);
-        }
-        self.reports.look_again();
-    }
-
-    /// A task is offered: `delivered` over the WebSocket, or by poll or heartbeat.
-    pub fn offered(&mut self, offer: TaskOffer, delivered: bool, now: Now) {
-        if !self.tasks.has_room() {
-            if self.room_wanted.is_none() {
-                warn!(
-                    "task {}: refused, {} tasks are waiting already",
-                    offer.ids,
-                    self.tasks.queued()
-                );
-            }
-            self.room_wanted = Some(now);
-            self.poll.at_once();
-            return;
-        }
-        self.tasks.begin_recording();
-        self.effects.push_back(Effect::Record {
-            offer: Box::new(offer),
-            delivered,
-        });
-    }
-
-    /// Answer to [`Effect::Record`]. Polls know what they offer: only a delivery of a known attempt
-    /// is answered, and a new one is always told.
-    pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, delivered: bool, now: Now) {
-        self.tasks.end_recording();
-        let ids = task.ids.clone();
-        let key = ids.key();
-        let answers = self.link.is_active() && ids.has_result_channel();
-        match outcome {
-            Recorded::New => {
-                if answers {
-                    self.effects.push_back(Effect::SendReceived(ids));
-                }
-                self.tasks.push(task);
-            }
-            Recorded::NoRoom => {
-                self.room_wanted = Some(now + self.settings.poll_interval);
-            }
-            _ if !answers || !delivered => {}
-            Recorded::Received | Recorded::Discarded => {
-                self.effects.push_back(Effect::SendReceived(ids));
-            }
-            Recorded::Started => self.effects.push_back(Effect::SendStarted(ids)),
-            Recorded::Finished { held } => {
-                // A final that the cursor has not reached yet comes in its order.
-                if !held || self.delivery.has_in_flight(key, Piece::Final) {
-                    self.effects.push_back(Effect::SendFinalAgain(ids));
-                }
-            }
-        }
-    }
-
-    /// A process runs.
-    pub fn task_started(&mut self, key: AttemptKey, now: Now) {
-        let Some(task) = self.tasks.started(key, now) else {
-            return;
-        };
-        let ids = task.ids.clone();
-        if self.link.is_active() && ids.has_result_channel() {
-            self.effects.push_back(Effect::SendStarted(ids));
-        }
-    }
-
-    /// A task no longer runs, or could not be started; its final is stored or reported.
-    pub fn task_ended(&mut self, key: AttemptKey) {
-        self.tasks.ended(key);
-        self.final_stored();
-    }
-
-    /// From now on nothing is accepted or started.
-    pub fn stop_taking_tasks(&mut self) {
-        self.tasks.stop();
-    }
-
-    pub fn tasks(&self) -> &Tasks {
-        &self.tasks
     }
 
     // ---- what status and logs show ------------------------------------------------------------

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::Now;
 use crate::ids::{AttemptKey, Ids};
-use crate::limits::{CONCURRENCY_MAX, TASK_QUEUE_MAX};
+use crate::limits::{CONCURRENCY_MAX, RECORDING_BYTES_MAX, TASK_QUEUE_MAX};
 
 /// A recorded attempt that waits for its start.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +29,8 @@ pub struct Tasks {
     queue: Vec<QueuedTask>,
     /// Receipts under way: they will need a place.
     recording: usize,
+    /// Their commands.
+    recording_bytes: usize,
     running: heapless::Vec<RunningTask, CONCURRENCY_MAX>,
     concurrency: usize,
     stopping: bool,
@@ -39,6 +41,7 @@ impl Tasks {
         Tasks {
             queue: Vec::new(),
             recording: 0,
+            recording_bytes: 0,
             running: heapless::Vec::new(),
             concurrency: concurrency.clamp(1, CONCURRENCY_MAX),
             stopping: false,
@@ -50,12 +53,20 @@ impl Tasks {
         !self.stopping && self.queue.len() + self.recording < TASK_QUEUE_MAX
     }
 
-    pub fn begin_recording(&mut self) {
-        self.recording += 1;
+    /// Whether a command of this size may be held until it is recorded.
+    pub fn has_room_for(&self, command_bytes: usize) -> bool {
+        let fits = self.recording_bytes + command_bytes <= RECORDING_BYTES_MAX;
+        self.has_room() && (fits || self.recording == 0)
     }
 
-    pub fn end_recording(&mut self) {
+    pub fn begin_recording(&mut self, command_bytes: usize) {
+        self.recording += 1;
+        self.recording_bytes += command_bytes;
+    }
+
+    pub fn end_recording(&mut self, command_bytes: usize) {
         self.recording = self.recording.saturating_sub(1);
+        self.recording_bytes = self.recording_bytes.saturating_sub(command_bytes);
     }
 
     /// Queues a recorded attempt. Recovered ones may be more than [`TASK_QUEUE_MAX`]: they have
@@ -149,14 +160,25 @@ mod tests {
     }
 
     #[test]
+    fn commands_that_are_being_recorded_are_bounded_in_bytes() {
+        let mut tasks = Tasks::new(1);
+        assert!(tasks.has_room_for(RECORDING_BYTES_MAX + 1), "alone");
+        tasks.begin_recording(RECORDING_BYTES_MAX - 1);
+        assert!(tasks.has_room_for(1));
+        assert!(!tasks.has_room_for(2));
+        tasks.end_recording(RECORDING_BYTES_MAX - 1);
+        assert!(tasks.has_room_for(2));
+    }
+
+    #[test]
     fn receipts_under_way_count_as_queued() {
         let mut tasks = Tasks::new(1);
         for _ in 0..TASK_QUEUE_MAX {
             assert!(tasks.has_room());
-            tasks.begin_recording();
+            tasks.begin_recording(0);
         }
         assert!(!tasks.has_room());
-        tasks.end_recording();
+        tasks.end_recording(0);
         assert!(tasks.has_room());
         tasks.stop();
         assert!(!tasks.has_room());

@@ -571,9 +571,11 @@ fn a_repeated_delivery_is_answered_by_what_is_known() {
     };
     let mut answer = |outcome, delivered| {
         bench.forget();
-        bench
-            .session
-            .recorded(task(), outcome, delivered, bench.now);
+        let origin = Origin {
+            delivered,
+            command_bytes: 4,
+        };
+        bench.session.recorded(task(), outcome, origin, bench.now);
         bench.run();
         let started = bench.has(|effect| matches!(effect, Effect::Start(_)));
         let words: Vec<_> = bench

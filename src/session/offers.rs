@@ -1,0 +1,100 @@
+//! Tasks as they are offered, recorded, started and ended (PROTOCOL.md 3 and 4.6).
+
+use log::warn;
+
+use super::tasks::{QueuedTask, Tasks};
+use super::{Effect, Now, Origin, Recorded, Session};
+use crate::ids::AttemptKey;
+use crate::wire::{Piece, TaskOffer};
+
+impl<C: Copy + Ord + Default> Session<C> {
+    /// Attempts that recovery found received and not started, in order of arrival.
+    pub fn recovered(&mut self, queued: impl Iterator<Item = QueuedTask>) {
+        for task in queued {
+            self.tasks.push(task);
+        }
+        self.reports.look_again();
+    }
+
+    /// A task is offered: `delivered` over the WebSocket, or by poll or heartbeat.
+    pub fn offered(&mut self, offer: TaskOffer, delivered: bool, now: Now) {
+        let command_bytes = offer.command.len();
+        if !self.tasks.has_room_for(command_bytes) {
+            if self.room_wanted.is_none() {
+                warn!(
+                    "task {}: refused, {} tasks are waiting already",
+                    offer.ids,
+                    self.tasks.queued()
+                );
+            }
+            self.room_wanted = Some(now);
+            self.poll.at_once();
+            return;
+        }
+        self.tasks.begin_recording(command_bytes);
+        self.effects.push_back(Effect::Record {
+            offer: Box::new(offer),
+            origin: Origin {
+                delivered,
+                command_bytes,
+            },
+        });
+    }
+
+    /// Answer to [`Effect::Record`]. Polls know what they offer: only a delivery of a known attempt
+    /// is answered, and a new one is always told.
+    pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, origin: Origin, now: Now) {
+        self.tasks.end_recording(origin.command_bytes);
+        let ids = task.ids.clone();
+        let key = ids.key();
+        let answers = self.link.is_active() && ids.has_result_channel();
+        match outcome {
+            Recorded::New => {
+                if answers {
+                    self.effects.push_back(Effect::SendReceived(ids));
+                }
+                self.tasks.push(task);
+            }
+            Recorded::NoRoom => {
+                self.room_wanted = Some(now + self.settings.poll_interval);
+            }
+            _ if !answers || !origin.delivered => {}
+            Recorded::Received | Recorded::Discarded => {
+                self.effects.push_back(Effect::SendReceived(ids));
+            }
+            Recorded::Started => self.effects.push_back(Effect::SendStarted(ids)),
+            Recorded::Finished { held } => {
+                // A final that the cursor has not reached yet comes in its order.
+                if !held || self.delivery.has_in_flight(key, Piece::Final) {
+                    self.effects.push_back(Effect::SendFinalAgain(ids));
+                }
+            }
+        }
+    }
+
+    /// A process runs.
+    pub fn task_started(&mut self, key: AttemptKey, now: Now) {
+        let Some(task) = self.tasks.started(key, now) else {
+            return;
+        };
+        let ids = task.ids.clone();
+        if self.link.is_active() && ids.has_result_channel() {
+            self.effects.push_back(Effect::SendStarted(ids));
+        }
+    }
+
+    /// A task no longer runs, or could not be started; its final is stored or reported.
+    pub fn task_ended(&mut self, key: AttemptKey) {
+        self.tasks.ended(key);
+        self.final_stored();
+    }
+
+    /// From now on nothing is accepted or started.
+    pub fn stop_taking_tasks(&mut self) {
+        self.tasks.stop();
+    }
+
+    pub fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+}
