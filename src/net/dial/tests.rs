@@ -79,6 +79,40 @@ fn a_certificate_that_signs_itself_is_not_trusted() {
     assert!(error.why.contains("HOSTLINK_CA_FILE"), "{error}");
 }
 
+/// The system's roots are chosen by the environment, so the dials are made by a child process:
+/// this test again, which finds the server's URL in [`ROOTS_TEST_URL`].
+#[test]
+fn a_ca_file_replaces_the_roots_of_the_system() {
+    const ROOTS_TEST_URL: &str = "HOSTLINK_EDGE_ROOTS_TEST_URL";
+    const ROOTS_TEST_CA_FILE: &str = "HOSTLINK_EDGE_ROOTS_TEST_CA_FILE";
+    const NAME: &str = "net::dial::tests::a_ca_file_replaces_the_roots_of_the_system";
+    if let Ok(base) = std::env::var(ROOTS_TEST_URL) {
+        let mut settings = settings(&base);
+        run(fetch(&Dialer::new(settings.clone()), &base)).expect("trusted by the system");
+        settings.ca_file = std::env::var_os(ROOTS_TEST_CA_FILE).map(Into::into);
+        assert!(settings.ca_file.is_some());
+        let error = run(fetch(&Dialer::new(settings), &base)).expect_err("not by the CA file");
+        assert!(error.why.contains("HOSTLINK_CA_FILE"), "{error}");
+        return;
+    }
+    let directory = TempDir::new();
+    let system = authority("system CA");
+    let port = serve_tls(&leaf("127.0.0.1", &system, (-1, 1)), None);
+    let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+        .args(["--exact", NAME])
+        .env("SSL_CERT_FILE", directory.file("system.pem", &system.pem()))
+        .env(
+            ROOTS_TEST_CA_FILE,
+            directory.file("ca.pem", &authority("private CA").pem()),
+        )
+        .env(ROOTS_TEST_URL, format!("https://127.0.0.1:{port}"))
+        .output()
+        .expect("started");
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success(), "{said}");
+    assert!(said.contains("1 passed"), "it must have run: {said}");
+}
+
 #[test]
 fn certificate_files_are_read_at_each_connection() {
     let directory = TempDir::new();
