@@ -170,6 +170,7 @@ pub fn load(
 ) -> Loaded {
     let mut reader = Reader::new(environment, named_file);
     let (local, config) = read_all(&mut reader);
+    reader.warn_of_key_without_certificate();
     reader.warn_of_unknown_keys();
     let (warnings, settings) = reader.finish();
     Loaded {

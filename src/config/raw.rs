@@ -149,7 +149,9 @@ impl Reader {
         parse: impl Fn(&str) -> Option<T>,
         show: impl Fn(&T) -> String,
     ) -> T {
-        let value = self.read(key, default, expected, parse, &show);
+        let bounds = format!("({} to {})", show(range.start()), show(range.end()));
+        let expected = format!("{expected} {bounds}");
+        let value = self.read(key, default, &expected, parse, &show);
         let clamped = if value < *range.start() {
             *range.start()
         } else if value > *range.end() {
@@ -157,11 +159,11 @@ impl Reader {
         } else {
             return value;
         };
+        let given = self
+            .get(key)
+            .map_or(show(&value), |(text, _)| shown(key, &text));
         self.warn(format!(
-            "{key}={} is out of range ({} to {}); {} is used",
-            show(&value),
-            show(range.start()),
-            show(range.end()),
+            "{key}={given} is out of range {bounds}; {} is used",
             show(&clamped)
         ));
         self.change(key, show(&clamped));
@@ -185,8 +187,18 @@ impl Reader {
         default: Duration,
         range: RangeInclusive<Duration>,
     ) -> Duration {
+        self.duration_as(key, default, &range, DURATION)
+    }
+
+    fn duration_as(
+        &mut self,
+        key: &'static str,
+        default: Duration,
+        range: &RangeInclusive<Duration>,
+        expected: &str,
+    ) -> Duration {
         let show = |value: &Duration| values::show_duration(*value);
-        self.read_in_range(key, default, &range, DURATION, values::duration, show)
+        self.read_in_range(key, default, range, expected, values::duration, show)
     }
 
     /// As [`Reader::duration`], and 0 switches it off.
@@ -201,18 +213,17 @@ impl Reader {
                 self.note(key, "0".to_owned(), source);
                 Duration::ZERO
             }
-            _ => self.duration(key, default, range),
+            _ => self.duration_as(key, default, &range, &format!("0 for off or {DURATION}")),
         }
     }
 
     pub fn bytes(&mut self, key: &'static str, default: u64, range: RangeInclusive<u64>) -> u64 {
-        let parse = |text: &str| text.parse().ok();
         self.read_in_range(
             key,
             default,
             &range,
             "a number of bytes",
-            parse,
+            values::number,
             u64::to_string,
         )
     }
@@ -223,7 +234,10 @@ impl Reader {
         default: usize,
         range: RangeInclusive<usize>,
     ) -> usize {
-        let parse = |text: &str| text.parse().ok();
+        let parse = |text: &str| {
+            let number = values::number(text)?;
+            Some(usize::try_from(number).unwrap_or(usize::MAX))
+        };
         self.read_in_range(key, default, &range, "a number", parse, usize::to_string)
     }
 
@@ -326,6 +340,17 @@ impl Reader {
         ));
         self.change(key, min_text);
         min
+    }
+
+    /// The agent presents itself with a certificate only; the key may stand in the same file.
+    pub fn warn_of_key_without_certificate(&mut self) {
+        let (key, certificate) = ("HOSTLINK_CLIENT_KEY", "HOSTLINK_CLIENT_CERT");
+        if let (Some((path, _)), None) = (self.get(key), self.get(certificate)) {
+            self.warn(format!(
+                "{key}={} is not used without {certificate}; set both, or neither",
+                shown(key, &path)
+            ));
+        }
     }
 
     pub fn warn_of_unknown_keys(&mut self) {

@@ -71,10 +71,13 @@ fn bad_values_are_clamped_or_defaulted_with_a_warning_that_names_them() {
         "HOSTLINK_WS_PING_INTERVAL",
         "30",
         "30s",
-        "100ms, 30s, 5m or 1h",
+        "100ms, 30s, 5m or 1h (5s to 5m)",
     );
     check("HOSTLINK_TASK_CONCURRENCY", "9", "4", "1 to 4");
-    check("HOSTLINK_TASK_CONCURRENCY", "-1", "1", "number");
+    check("HOSTLINK_TASK_CONCURRENCY", "-1", "1", "number (1 to 4)");
+    let heartbeat = "HOSTLINK_HEARTBEAT_INTERVAL";
+    check(heartbeat, "never", "5s", "0 for off or a duration");
+    check(heartbeat, "never", "5s", "(10ms to 5m)");
     check("HOSTLINK_WS_ENABLED", "maybe", "true", "true/1/yes");
     check("HOSTLINK_LOCAL_STORE", "tape", "disk", "disk or memory");
     check("HOSTLINK_LOG", "loud", "info", "trace");
@@ -85,6 +88,47 @@ fn bad_values_are_clamped_or_defaulted_with_a_warning_that_names_them() {
         "68719476736",
     );
     check("HOSTLINK_WS_URL", "http://x", "", "ws://");
+}
+
+#[test]
+fn a_number_that_no_integer_holds_is_out_of_range_and_not_unreadable() {
+    let check = |key: &str, value: &str, effective: &str| {
+        let loaded = loaded(&[URL, (key, value)]);
+        let [warning] = loaded.warnings.as_slice() else {
+            panic!("{key}={value}: {:?}", loaded.warnings);
+        };
+        let expected = format!("{key}={value} is out of range (");
+        assert!(warning.0.starts_with(&expected), "{warning}");
+        let setting = loaded.settings.iter().find(|setting| setting.key == key);
+        assert_eq!(setting.expect("known key").value, effective);
+    };
+    let digits = "9".repeat(40);
+    let hours = format!("{digits}h");
+    check(
+        "HOSTLINK_LOCAL_STORE_SPOOL_CAP_BYTES",
+        &digits,
+        "68719476736",
+    );
+    check("HOSTLINK_TASK_CONCURRENCY", &digits, "4");
+    check("HOSTLINK_WS_PING_INTERVAL", &hours, "5m");
+    // Fits an integer, but not in milliseconds.
+    check("HOSTLINK_WS_PING_INTERVAL", "18446744073709551615h", "5m");
+    // A limit that was asked for must not become none.
+    check("HOSTLINK_TASK_TIMEOUT", &hours, "87840h");
+}
+
+#[test]
+fn a_client_key_without_a_certificate_is_told() {
+    let key = ("HOSTLINK_CLIENT_KEY", "/etc/device.key");
+    let certificate = ("HOSTLINK_CLIENT_CERT", "/etc/device.pem");
+    let alone = loaded(&[URL, key]).warnings;
+    assert_eq!(alone.len(), 1, "{alone:?}");
+    for part in [key.0, key.1, certificate.0] {
+        assert!(alone[0].0.contains(part), "{}", alone[0]);
+    }
+    assert_eq!(loaded(&[URL, key, certificate]).warnings, []);
+    // One file may hold both.
+    assert_eq!(loaded(&[URL, certificate]).warnings, []);
 }
 
 #[test]
@@ -251,7 +295,7 @@ fn durations_survive_showing_and_reading() {
             Some(duration)
         );
     }
-    for text in ["", "s", "5", "5 d", "-1s", "1.5s", "99999999999999999999s"] {
+    for text in ["", "s", "5", "5 d", "-1s", "1.5s", "99999999999999999999"] {
         assert_eq!(values::duration(text), None, "{text}");
     }
 }

@@ -1,6 +1,7 @@
 //! How single values are written: `100ms`, `30s`, `5m`, `1h`; `true`, `yes`, `1`.
 
 use std::net::Ipv6Addr;
+use std::num::IntErrorKind;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -11,11 +12,20 @@ const HOST_BYTES_MAX: usize = 255;
 pub const ANY_TIME: RangeInclusive<Duration> =
     Duration::ZERO..=Duration::from_secs(10 * 366 * 24 * 3600);
 
-/// A number with its unit; a bare `0` needs none.
+/// A decimal number. One that no integer holds is the largest: too large, but not unreadable.
+pub fn number(text: &str) -> Option<u64> {
+    match text.parse() {
+        Ok(number) => Some(number),
+        Err(error) if *error.kind() == IntErrorKind::PosOverflow => Some(u64::MAX),
+        Err(_) => None,
+    }
+}
+
+/// A number with its unit; a bare `0` needs none. As with [`number`], the largest if it overflows.
 pub fn duration(text: &str) -> Option<Duration> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
+    let (digits, unit) = text.split_at(digits);
+    let number = number(digits)?;
     let millis = match unit.trim() {
         "ms" => 1,
         "s" => 1000,
@@ -24,7 +34,7 @@ pub fn duration(text: &str) -> Option<Duration> {
         "" if number == 0 => 1,
         _ => return None,
     };
-    number.checked_mul(millis).map(Duration::from_millis)
+    Some(Duration::from_millis(number.saturating_mul(millis)))
 }
 
 /// The inverse of [`duration`], in the largest unit that is exact.
