@@ -73,11 +73,17 @@ impl Capture<'_> {
     ) -> Tail {
         let mut tail = TailRing::new(self.tail_bytes);
         let mut filling = Filling::new(full, to_fill);
-        if let Err(error) = self.read_to_end(pipe, &mut filling, &mut tail).await {
-            warn!("reading {} of a task: {error}", self.stream.as_str());
-        }
+        let read = self.read_to_end(pipe, &mut filling, &mut tail).await;
         filling.flush_all().await;
-        tail.finish()
+        let mut tail = tail.finish();
+        if let Err(error) = read {
+            warn!(
+                "what a task still writes to {} is lost, its pipe cannot be read: {error}",
+                self.stream.as_str()
+            );
+            tail.truncated = true;
+        }
+        tail
     }
 
     async fn read_to_end(
@@ -90,16 +96,22 @@ impl Capture<'_> {
         // (the user's pipe quota) changes nothing else.
         let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
         let pipe = Async::new(PipeReader(pipe))?;
+        let threshold = self.flush.threshold.clamp(1, CHUNK_BYTES_MAX);
         let begun = Instant::now();
         let mut policy = FlushPolicy::default();
         let mut left_over = None;
         loop {
+            // Asked for here and not only in the wait: whoever holds the pipe may never let it
+            // run empty.
+            if left_over.is_none() && self.let_go.is_closed() {
+                left_over = Some(LEFTOVER_PIPE_BYTES);
+            }
             let due = filling.can_flush().then(|| policy.due_at(self.interval()));
             if due.is_some_and(|due| due <= begun.elapsed()) {
                 filling.flush().await;
                 policy.flushed(begun.elapsed());
             }
-            let buffer = filling.room(self.flush.threshold).await;
+            let buffer = filling.room(threshold).await;
             let read = match pipe.get_ref().read_now(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -116,14 +128,12 @@ impl Capture<'_> {
                         .due_at(self.interval())
                         .saturating_sub(begun.elapsed())
                 });
-                if !self.wait(&pipe, due).await? {
-                    left_over = Some(LEFTOVER_PIPE_BYTES);
-                }
+                self.wait(&pipe, due).await?;
                 continue;
             };
             tail.push(&buffer[..count]);
             filling.add(count);
-            if filling.len() >= self.flush.threshold {
+            if filling.len() >= threshold {
                 filling.flush().await;
                 policy.flushed(begun.elapsed());
             }
@@ -136,21 +146,20 @@ impl Capture<'_> {
         }
     }
 
-    /// Waits for bytes or for the flush. False when the pipe is to be let go.
-    async fn wait<T: AsFd>(&self, pipe: &Async<T>, due: Option<Duration>) -> io::Result<bool> {
-        let readable = async { pipe.readable().await.map(|()| true) };
+    /// Waits for bytes, for the flush, or until the pipe is to be let go.
+    async fn wait<T: AsFd>(&self, pipe: &Async<T>, due: Option<Duration>) -> io::Result<()> {
         let flush = async {
             match due {
                 Some(after) => Timer::after(after).await,
                 None => future::pending().await,
             };
-            Ok(true)
+            Ok(())
         };
         let let_go = async {
             let _ = self.let_go.recv().await;
-            Ok(false)
+            Ok(())
         };
-        future::or(readable, future::or(flush, let_go)).await
+        future::or(pipe.readable(), future::or(flush, let_go)).await
     }
 
     fn interval(&self) -> Duration {
