@@ -51,6 +51,15 @@ pub const LEFTOVER_PIPE_BYTES: usize = MIB;
 /// Where the kernel has no pidfd, a process is looked at this often.
 pub const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// A group that was told to end is looked for in `/proc` this often: soon at first, since most end
+/// at once, then less often, since every look reads one file for each process of the system.
+pub const GROUP_POLL_INTERVAL_MIN: Duration = Duration::from_millis(2);
+pub const GROUP_POLL_INTERVAL_MAX: Duration = Duration::from_millis(100);
+
+/// A task that is dropped while it runs is killed and waited for in place, this many times
+/// [`GROUP_POLL_INTERVAL_MIN`] at most: the thread stands still meanwhile.
+pub const DROPPED_TASK_LOOKS: u32 = 5;
+
 /// One argument of a new process (`MAX_ARG_STRLEN` of Linux), its terminating NUL included.
 pub const ARGUMENT_BYTES_MAX: usize = 128 * KIB;
 

@@ -4,7 +4,7 @@
 //! - [`script`]: how the command becomes a process.
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
-//! - [`process`]: signals, exit and reaping.
+//! - [`process`], [`members`]: signals, exit and reaping; who is left in the group.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
 //! signals may be sent; sequences count from 1 without holes; no chunk is dropped while the store
@@ -12,6 +12,7 @@
 
 pub mod capture;
 pub mod flush;
+mod members;
 mod process;
 mod script;
 pub mod tail;
@@ -41,7 +42,8 @@ pub struct Spec {
     /// Script text: run by its `#!` interpreter, or by `/bin/sh`.
     pub command: Vec<u8>,
     pub timeout: Option<Duration>,
-    /// From TERM to KILL.
+    /// From TERM to KILL, for every process of the group: a shell dies of TERM at once, while the
+    /// program that it was running may still be tidying up.
     pub kill_grace: Duration,
     pub flush: Flush,
     /// What a final may carry of each stream.
@@ -140,6 +142,7 @@ pub async fn run(
     on_started: impl FnOnce(u32),
 ) -> Ended {
     let begun = Instant::now();
+    process::collect_dropped();
     let (mut group, stdout, stderr) = match script::spawn(&spec) {
         Ok(started) => started,
         Err(why) => return not_started(why, begun),
@@ -213,7 +216,7 @@ async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Ca
         false
     };
     let obeyed = async {
-        group.exited().await;
+        group.ended().await;
         true
     };
     if !future::or(obeyed, grace).await {

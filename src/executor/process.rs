@@ -1,6 +1,11 @@
 //! A process group: signals, exit, reaping. The shell is its leader and stays a zombie until
 //! [`Group::reap`], so that nobody else can get its id while signals may be sent to it.
+//!
+//! The exit is told by a pidfd. Where the kernel has none (before 5.3) or forbids it, the leader is
+//! looked at every [`EXIT_POLL_INTERVAL`]: SIGCHLD would need a handler for the whole process, and
+//! reaches one reader only, for a few milliseconds gained on old kernels.
 
+use std::cell::RefCell;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 
@@ -12,13 +17,15 @@ use rustix::process::{
 };
 use smol::Timer;
 
-use super::Cause;
-use crate::limits::EXIT_POLL_INTERVAL;
+use super::{Cause, members};
+use crate::limits::{
+    DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MAX, GROUP_POLL_INTERVAL_MIN,
+};
 
 pub struct Group {
     child: Child,
     leader: Pid,
-    /// `None` where the kernel has no pidfd (before 5.3) or forbids it.
+    /// `None` where the kernel has no pidfd.
     exit: Option<Async<OwnedFd>>,
     reaped: bool,
 }
@@ -31,9 +38,14 @@ impl Group {
             .or_else(|_| pidfd_open(leader, PidfdFlags::empty()))
             .ok()
             .and_then(|fd| Async::new_nonblocking(fd).ok());
+        Group::with(child, exit)
+    }
+
+    /// Without a pidfd the exit is polled.
+    pub(super) fn with(child: Child, exit: Option<Async<OwnedFd>>) -> Group {
         Group {
+            leader: Pid::from_child(&child),
             child,
-            leader,
             exit,
             reaped: false,
         }
@@ -45,7 +57,7 @@ impl Group {
 
     /// Waits until the leader has exited, without reaping it.
     pub async fn exited(&self) {
-        while !self.has_exited() {
+        while !has_exited(self.leader) {
             match &self.exit {
                 Some(exit) => {
                     if exit.readable().await.is_err() {
@@ -59,10 +71,14 @@ impl Group {
         }
     }
 
-    fn has_exited(&self) -> bool {
-        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
-        // An error means that there is no such child: it cannot be waited for.
-        !matches!(waitid(WaitId::Pid(self.leader), options), Ok(None))
+    /// Waits until the leader has exited and nobody else is alive in the group.
+    pub async fn ended(&self) {
+        self.exited().await;
+        let mut pause = GROUP_POLL_INTERVAL_MIN;
+        while members::has_living(self.leader) {
+            Timer::after(pause).await;
+            pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
+        }
     }
 
     pub fn terminate(&self) {
@@ -104,8 +120,40 @@ impl Drop for Group {
             return;
         }
         self.kill();
-        if self.has_exited() {
-            let _ = self.child.wait();
+        // Nobody can be awaited here. A killed process is gone within a millisecond or so, unless
+        // it sleeps where no signal reaches it: then its zombie is collected later.
+        for _ in 0..DROPPED_TASK_LOOKS {
+            if collected(self.leader) {
+                return;
+            }
+            std::thread::sleep(GROUP_POLL_INTERVAL_MIN);
         }
+        DROPPED.with_borrow_mut(|dropped| dropped.push(self.leader));
     }
+}
+
+thread_local! {
+    /// Leaders that were killed and had not exited when their task was dropped. They are children
+    /// still to be waited for, so their ids are not used again.
+    static DROPPED: RefCell<Vec<Pid>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Collects what tasks that were dropped have left behind.
+pub fn collect_dropped() {
+    DROPPED.with_borrow_mut(|dropped| dropped.retain(|&leader| !collected(leader)));
+}
+
+fn has_exited(leader: Pid) -> bool {
+    is_over(leader, WaitIdOptions::NOWAIT)
+}
+
+/// Takes the exit status from the kernel, if there is one.
+fn collected(leader: Pid) -> bool {
+    is_over(leader, WaitIdOptions::empty())
+}
+
+fn is_over(leader: Pid, option: WaitIdOptions) -> bool {
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | option;
+    // An error means that there is no such child: it cannot be waited for.
+    !matches!(waitid(WaitId::Pid(leader), options), Ok(None))
 }
