@@ -2,8 +2,9 @@
 //! as the kernel would, but without a writable or executable `/tmp`.
 //!
 //! The script is a sealed file in memory that the child inherits and opens by its name under
-//! `/proc/self/fd`. It stays open in the task (read-only, under a megabyte). Where there is no
-//! memfd or no `/proc`, the command is given to the shell as an argument.
+//! `/proc/self/fd`. It stays open in the task: no shell can be told to close it, and it holds what
+//! the task knows anyway. Where there is no memfd or no `/proc`, the command is given to the shell
+//! as an argument.
 
 use std::fs::File;
 use std::io::Write;
@@ -14,6 +15,7 @@ use std::path::Path;
 use std::process::{ChildStderr, ChildStdout, Command, Stdio};
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Spec;
 use super::process::Group;
@@ -43,6 +45,11 @@ struct Interpreter<'a> {
 
 /// Starts the task. Errors say why no process runs.
 pub fn spawn(spec: &Spec) -> Result<(Group, ChildStdout, ChildStderr), String> {
+    start(spec, script_file(&spec.command))
+}
+
+/// `script` holds the command, and is inherited from here until it is dropped.
+fn start(spec: &Spec, script: Option<File>) -> Result<(Group, ChildStdout, ChildStderr), String> {
     let interpreter = interpreter(&spec.command);
     let program = interpreter
         .as_ref()
@@ -51,10 +58,10 @@ pub fn spawn(spec: &Spec) -> Result<(Group, ChildStdout, ChildStderr), String> {
     if let Some(argument) = interpreter.as_ref().and_then(|line| line.argument) {
         command.arg(std::ffi::OsStr::from_bytes(argument));
     }
-    // Kept open until the child has been started: it inherits this descriptor.
-    let script = script_file(&spec.command);
     match &script {
         Some(script) => {
+            fcntl_setfd(script, FdFlags::empty())
+                .map_err(|error| format!("cannot pass the script on: {error}"))?;
             command.arg(format!("/proc/self/fd/{}", script.as_raw_fd()));
         }
         None => {
@@ -72,7 +79,9 @@ pub fn spawn(spec: &Spec) -> Result<(Group, ChildStdout, ChildStderr), String> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
-    let mut child = command.spawn().map_err(|error| {
+    let spawned = command.spawn();
+    drop(script);
+    let mut child = spawned.map_err(|error| {
         let program = String::from_utf8_lossy(program);
         format!("cannot run {program:.200}: {error}")
     })?;
@@ -84,7 +93,8 @@ pub fn spawn(spec: &Spec) -> Result<(Group, ChildStdout, ChildStderr), String> {
     }
 }
 
-/// The `#!` line of a script, if it has one that names a program.
+/// The `#!` line of a script, if it has one that names a program. As Linux reads it, except that
+/// the line may be longer than 255 bytes and may end in a carriage return.
 fn interpreter(command: &[u8]) -> Option<Interpreter<'_>> {
     let line = command.strip_prefix(b"#!")?;
     let line = line.split(|&byte| byte == b'\n').next()?;
@@ -110,13 +120,17 @@ fn trim(text: &[u8]) -> &[u8] {
 
 /// The command as a sealed file in memory, `None` where that cannot be had.
 ///
-/// It is inheritable from the start. Processes are started from one thread only, so no other
-/// child can get it.
+/// No process can inherit it yet: other threads start processes, too.
 fn script_file(command: &[u8]) -> Option<File> {
     if !Path::new("/proc/self/fd").is_dir() {
         return None;
     }
-    let memory = memfd_create("hostlink-task", MemfdFlags::ALLOW_SEALING).ok()?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    // It is read, never executed itself: a system may demand that this is said
+    // (`vm.memfd_noexec`), and kernels before 6.3 do not know the word.
+    let memory = memfd_create("hostlink-task", flags | MemfdFlags::NOEXEC_SEAL)
+        .or_else(|_| memfd_create("hostlink-task", flags))
+        .ok()?;
     let mut file = File::from(memory);
     file.write_all(command).ok()?;
     let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
@@ -129,13 +143,13 @@ fn script_file(command: &[u8]) -> Option<File> {
 fn as_argument(command: &mut Command, program: &[u8], text: &[u8]) -> Result<(), String> {
     if !program.ends_with(b"sh") {
         return Err(format!(
-            "cannot run {}: without /proc and memfd only shells get their script as an argument",
+            "cannot run {:.200}: without /proc and memfd only shells get their script as an argument; mount /proc",
             String::from_utf8_lossy(program)
         ));
     }
     if text.len() >= ARGUMENT_BYTES_MAX {
         return Err(format!(
-            "the command is longer than {ARGUMENT_BYTES_MAX} bytes, and without /proc and memfd it must be one argument"
+            "the command is not shorter than {ARGUMENT_BYTES_MAX} bytes, and without /proc and memfd it must be one argument; mount /proc"
         ));
     }
     command.arg("-c").arg(std::ffi::OsStr::from_bytes(text));
@@ -144,7 +158,49 @@ fn as_argument(command: &mut Command, program: &[u8], text: &[u8]) -> Result<(),
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
     use super::*;
+
+    /// Starts the command as where no file in memory can be had.
+    fn start_as_argument(command: &str) -> Result<(Group, ChildStdout, ChildStderr), String> {
+        start(&crate::executor::tests::spec(command), None)
+    }
+
+    #[test]
+    fn without_a_file_the_command_is_an_argument_of_the_shell() {
+        let check = |command: &str, expected: &str| {
+            let (mut group, mut stdout, _stderr) = start_as_argument(command).expect("starts");
+            let mut text = String::new();
+            stdout.read_to_string(&mut text).expect("text");
+            assert_eq!(text, expected, "{command:?}");
+            assert_eq!(group.reap(), crate::executor::Cause::Exited(0));
+        };
+        check("echo $0", "/bin/sh\n");
+        check("#!/bin/sh -e\ncase $- in *e*) echo stops;; esac", "stops\n");
+        let longest = format!(": '{}'\necho all", "x".repeat(ARGUMENT_BYTES_MAX - 14));
+        check(&longest, "all\n");
+    }
+
+    #[test]
+    fn what_cannot_be_an_argument_is_refused_with_the_reason() {
+        let check = |command: &str, expected: &str| {
+            let why = start_as_argument(command).map(|_| ()).expect_err("refused");
+            assert!(why.contains(expected) && why.len() < 400, "{why}");
+        };
+        check(&"x".repeat(ARGUMENT_BYTES_MAX), "131072 bytes");
+        check("#!/bin/cat\nx", "/bin/cat");
+        check(&format!("#!/{}", "p".repeat(100_000)), "only shells");
+        check("echo a\0b", "nul byte");
+    }
+
+    #[test]
+    fn the_script_file_is_sealed_and_not_inherited_by_itself() {
+        let mut file = script_file(b"echo").expect("memfd and /proc");
+        assert!(file.write_all(b"more").is_err());
+        let flags = rustix::io::fcntl_getfd(&file).expect("flags");
+        assert_eq!(flags, FdFlags::CLOEXEC);
+    }
 
     #[test]
     fn interpreter_lines_are_read_as_linux_reads_them() {
