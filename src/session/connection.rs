@@ -86,10 +86,14 @@ impl Link {
                 pinged_at,
                 proven,
             } => {
-                let ping = pinged_at + settings.ping_interval;
-                let pong = (pinged_at > heard_at).then_some(pinged_at + PONG_TIMEOUT);
                 let reset = (!proven).then_some(since + BACKOFF_RESET);
-                pong.into_iter().chain(reset).chain([ping]).min()
+                let ping_or_pong = pinged_at
+                    + if pinged_at > heard_at {
+                        PONG_TIMEOUT
+                    } else {
+                        settings.ping_interval
+                    };
+                reset.into_iter().chain([ping_or_pong]).min()
             }
         }
     }
@@ -350,14 +354,17 @@ impl<C: Copy + Ord + Default> Session<C> {
                 pinged_at,
                 proven,
             } => {
-                if pinged_at > heard_at && now >= pinged_at + PONG_TIMEOUT {
+                let awaits_pong = pinged_at > heard_at;
+                if awaits_pong && now >= pinged_at + PONG_TIMEOUT {
                     self.close("the server does not answer pings", None, now);
                     return;
                 }
                 if !proven && now >= since + BACKOFF_RESET {
                     self.prove_link();
                 }
-                if now >= pinged_at + self.settings.ping_interval
+                // A further ping before the answer would put the deadline of the first one off.
+                if !awaits_pong
+                    && now >= pinged_at + self.settings.ping_interval
                     && let Link::Active { pinged_at, .. } = &mut self.link
                 {
                     *pinged_at = now;
