@@ -303,6 +303,8 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         let mut admission = Admission::new();
         self.reading = false;
         if std::mem::take(&mut self.stale) || !self.active {
+            // The news that this read was to bring has not been met.
+            self.dirty = true;
             return admission;
         }
         for (index, candidate) in candidates.enumerate() {
@@ -463,7 +465,13 @@ impl<C: Copy + Ord + Default> Delivery<C> {
 
     /// A retryable error about this message: it is sent again after the acknowledgement timeout.
     pub fn postponed(&mut self, key: AttemptKey, piece: Piece, now: Now) {
-        self.window.postpone(key, piece, now);
+        if self.window.postpone(key, piece, now)
+            && let Some(lane) = self.lane_mut(lane_of(key, piece))
+        {
+            // The server answers: this is no lane without progress.
+            lane.since = now;
+            lane.resent = false;
+        }
     }
 
     fn may_park(&self, id: LaneId, now: Now) -> bool {
