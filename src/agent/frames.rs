@@ -167,7 +167,11 @@ pub fn hello(snapshot: Snapshot, incarnation: &str) -> (Hello, FirstHeld) {
             delivery_enabled: true,
             extensions: Vec::new(),
         },
-        running_task: snapshot.started.first().map(running_task),
+        running_task: snapshot
+            .started
+            .iter()
+            .find(|(ids, ..)| ids.has_result_channel())
+            .map(running_task),
         received_not_started: snapshot
             .received
             .iter()
@@ -231,5 +235,27 @@ fn owned_final(fin: &Final) -> FinalPayload<String> {
         error: text(&fin.error),
         output_truncated: fin.output_truncated,
         error_truncated: fin.error_truncated,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hello_names_no_attempt_without_result_channel() {
+        let started = |name: &str, attempt: &str| {
+            let ids = Arc::new(Ids::new(name, attempt).expect("short"));
+            (ids, 1, [0, 0])
+        };
+        let snapshot = Snapshot {
+            started: vec![started("old", ""), started("t", "a")],
+            ..Snapshot::default()
+        };
+        let (hello, _) = hello(snapshot, "0123456789abcdef");
+        assert_eq!(
+            hello.running_task.map(|task| task.task_id),
+            Some("t".into())
+        );
     }
 }
