@@ -41,6 +41,8 @@ pub(super) struct SentHello {
     message_id: String,
     /// First sequence held of each stream that waits.
     first_held: Vec<(AttemptKey, Stream, u64)>,
+    /// The running task that it names.
+    running: Option<AttemptKey>,
 }
 
 /// The state of the WebSocket session as an operator sees it.
@@ -156,6 +158,10 @@ impl<C: Copy + Ord + Default> Session<C> {
     /// The snapshot for the hello is ready.
     pub fn hello_ready(&mut self, mut hello: Hello, first_held: Vec<(AttemptKey, Stream, u64)>) {
         let message_id = self.make_message_id("hello");
+        let running = hello
+            .running_task
+            .as_ref()
+            .map(|task| AttemptKey::of(&task.task_id, &task.execution_attempt_id));
         let Link::Handshake {
             hello: sent @ None, ..
         } = &mut self.link
@@ -165,6 +171,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         *sent = Some(SentHello {
             message_id: message_id.clone(),
             first_held,
+            running,
         });
         // A final that is being reported must not go over the WebSocket meanwhile.
         if let Some(busy) = self.reports.busy() {
@@ -212,6 +219,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             return;
         }
         let first_held = std::mem::take(&mut sent.first_held);
+        let named_in_hello = sent.running;
         let delivery_enabled = self.settings.delivery && ack.delivery_enabled;
         self.link = Link::Active {
             since: now,
@@ -241,11 +249,12 @@ impl<C: Copy + Ord + Default> Session<C> {
         if ack.has_directives() {
             self.follow_directives(ack, &first_held);
         }
+        // Also one that has started since the hello, which then names none.
         let running = self.tasks.running();
         let others: Vec<_> = running
             .iter()
             .filter(|task| task.started_at.is_some() && task.ids.has_result_channel())
-            .skip(1)
+            .filter(|task| Some(task.key) != named_in_hello)
             .map(|task| task.ids.clone())
             .collect();
         for ids in others {

@@ -131,6 +131,8 @@ impl<C: Copy + Ord + Default> Session<C> {
         } else if self.tasks.running().iter().any(|task| task.key == key) {
             info!("task {ids}: cancelled, ending it");
             self.effects.push_back(Effect::Stop { key, reason });
+        } else if self.tasks.cancel_recording(key, &reason) {
+            info!("task {ids}: cancelled before its start");
         } else {
             info!("task {ids}: a cancel of what neither waits nor runs is ignored");
         }

@@ -203,6 +203,8 @@ pub struct Session<C> {
     tasks: Tasks,
     /// A task was refused for want of room, and when.
     room_wanted: Option<Now>,
+    /// The poll under way is for such a task.
+    polls_for_refused: bool,
     acks: Acks,
     effects: VecDeque<Effect<C>>,
     last_error: Option<String>,
@@ -244,6 +246,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             heartbeat: Repeating::new(settings.heartbeat_interval),
             tasks: Tasks::new(settings.concurrency),
             room_wanted: None,
+            polls_for_refused: false,
             acks: Acks::new(),
             effects: VecDeque::new(),
             last_error: None,
@@ -273,7 +276,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             return Some(Effect::ListFinals);
         }
         if (self.gate.is_open(now) || self.room_has_returned(now)) && self.poll.due(now) {
-            self.room_wanted = None;
+            self.polls_for_refused = self.room_wanted.take().is_some();
             return Some(Effect::Poll);
         }
         if self.heartbeat.due(now) {
@@ -351,7 +354,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             lease.next_at = now + lease.interval;
             for index in 0..self.tasks.running().len() {
                 let task = &self.tasks.running()[index];
-                if task.started_at.is_some() {
+                if task.started_at.is_some() && task.ids.has_result_channel() {
                     let ids = task.ids.clone();
                     let message_id = self.make_message_id("lease");
                     self.effects.push_back(Effect::SendLease(ids, message_id));
@@ -460,6 +463,9 @@ impl<C: Copy + Ord + Default> Session<C> {
 
     /// A poll has ended; `failed` carries the server's `Retry-After`, if it named one.
     pub fn polled(&mut self, failed: Option<Option<Duration>>, now: Now) {
+        if failed.is_some() && self.polls_for_refused {
+            self.room_wanted.get_or_insert(now);
+        }
         self.poll.finished(failed, &mut self.random, now);
     }
 

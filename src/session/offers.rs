@@ -31,7 +31,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             self.poll.at_once();
             return;
         }
-        self.tasks.begin_recording(command_bytes);
+        self.tasks.begin_recording(offer.ids.key(), command_bytes);
         self.effects.push_back(Effect::Record {
             offer: Box::new(offer),
             origin: Origin {
@@ -44,16 +44,19 @@ impl<C: Copy + Ord + Default> Session<C> {
     /// Answer to [`Effect::Record`]. Polls know what they offer: only a delivery of a known attempt
     /// is answered, and a new one is always told.
     pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, origin: Origin, now: Now) {
-        self.tasks.end_recording(origin.command_bytes);
         let ids = task.ids.clone();
         let key = ids.key();
+        let cancelled = self.tasks.end_recording(key, origin.command_bytes);
         let answers = self.link.is_active() && ids.has_result_channel();
         match outcome {
             Recorded::New => {
                 if answers {
-                    self.effects.push_back(Effect::SendReceived(ids));
+                    self.effects.push_back(Effect::SendReceived(ids.clone()));
                 }
-                self.tasks.push(task);
+                match cancelled {
+                    None => self.tasks.push(task),
+                    Some(reason) => self.effects.push_back(Effect::Interrupt { ids, reason }),
+                }
             }
             Recorded::NoRoom => {
                 self.room_wanted = Some(now + self.settings.poll_interval);

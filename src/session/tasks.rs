@@ -23,12 +23,20 @@ pub struct RunningTask {
     pub started_at: Option<Now>,
 }
 
+/// A receipt under way.
+#[derive(Debug)]
+struct Recording {
+    key: AttemptKey,
+    /// Why it is not to be started.
+    cancelled: Option<String>,
+}
+
 #[derive(Debug)]
 pub struct Tasks {
     /// In order of arrival.
     queue: Vec<QueuedTask>,
     /// Receipts under way: they will need a place.
-    recording: usize,
+    recording: Vec<Recording>,
     /// Their commands.
     recording_bytes: usize,
     running: heapless::Vec<RunningTask, CONCURRENCY_MAX>,
@@ -40,7 +48,7 @@ impl Tasks {
     pub fn new(concurrency: usize) -> Tasks {
         Tasks {
             queue: Vec::new(),
-            recording: 0,
+            recording: Vec::new(),
             recording_bytes: 0,
             running: heapless::Vec::new(),
             concurrency: concurrency.clamp(1, CONCURRENCY_MAX),
@@ -50,23 +58,36 @@ impl Tasks {
 
     /// Whether a further attempt may be recorded.
     pub fn has_room(&self) -> bool {
-        !self.stopping && self.queue.len() + self.recording < TASK_QUEUE_MAX
+        !self.stopping && self.queue.len() + self.recording.len() < TASK_QUEUE_MAX
     }
 
     /// Whether a command of this size may be held until it is recorded.
     pub fn has_room_for(&self, command_bytes: usize) -> bool {
         let fits = self.recording_bytes + command_bytes <= RECORDING_BYTES_MAX;
-        self.has_room() && (fits || self.recording == 0)
+        self.has_room() && (fits || self.recording.is_empty())
     }
 
-    pub fn begin_recording(&mut self, command_bytes: usize) {
-        self.recording += 1;
+    pub fn begin_recording(&mut self, key: AttemptKey, command_bytes: usize) {
+        let cancelled = None;
+        self.recording.push(Recording { key, cancelled });
         self.recording_bytes += command_bytes;
     }
 
-    pub fn end_recording(&mut self, command_bytes: usize) {
-        self.recording = self.recording.saturating_sub(1);
+    /// The reason, if it was cancelled meanwhile.
+    pub fn end_recording(&mut self, key: AttemptKey, command_bytes: usize) -> Option<String> {
         self.recording_bytes = self.recording_bytes.saturating_sub(command_bytes);
+        let index = self.recording.iter().position(|it| it.key == key)?;
+        self.recording.remove(index).cancelled
+    }
+
+    /// Cancels an attempt whose receipt is under way. False if there is none.
+    pub fn cancel_recording(&mut self, key: AttemptKey, reason: &str) -> bool {
+        let mut found = false;
+        for recording in self.recording.iter_mut().filter(|it| it.key == key) {
+            recording.cancelled = Some(reason.to_owned());
+            found = true;
+        }
+        found
     }
 
     /// Queues a recorded attempt. Recovered ones may be more than [`TASK_QUEUE_MAX`]: they have
@@ -163,22 +184,24 @@ mod tests {
     fn commands_that_are_being_recorded_are_bounded_in_bytes() {
         let mut tasks = Tasks::new(1);
         assert!(tasks.has_room_for(RECORDING_BYTES_MAX + 1), "alone");
-        tasks.begin_recording(RECORDING_BYTES_MAX - 1);
+        let key = AttemptKey::of("t", "a");
+        tasks.begin_recording(key, RECORDING_BYTES_MAX - 1);
         assert!(tasks.has_room_for(1));
         assert!(!tasks.has_room_for(2));
-        tasks.end_recording(RECORDING_BYTES_MAX - 1);
+        tasks.end_recording(key, RECORDING_BYTES_MAX - 1);
         assert!(tasks.has_room_for(2));
     }
 
     #[test]
     fn receipts_under_way_count_as_queued() {
         let mut tasks = Tasks::new(1);
+        let key = AttemptKey::of("t", "a");
         for _ in 0..TASK_QUEUE_MAX {
             assert!(tasks.has_room());
-            tasks.begin_recording(0);
+            tasks.begin_recording(key, 0);
         }
         assert!(!tasks.has_room());
-        tasks.end_recording(0);
+        tasks.end_recording(key, 0);
         assert!(tasks.has_room());
         tasks.stop();
         assert!(!tasks.has_room());

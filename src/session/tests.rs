@@ -56,6 +56,7 @@ struct Bench {
     bytes: fn(Piece) -> usize,
     /// Batches that the writer holds; `None`: it writes at once.
     in_writer: Option<usize>,
+    poll_fails: bool,
 }
 
 impl Bench {
@@ -70,6 +71,7 @@ impl Bench {
             holes: Vec::new(),
             bytes: |_| 100,
             in_writer: None,
+            poll_fails: false,
         }
     }
 
@@ -85,6 +87,10 @@ impl Bench {
         }
         self.session.connected(self.now);
         self.run();
+        self.acknowledge_hello(ack);
+    }
+
+    fn acknowledge_hello(&mut self, ack: HelloAck) {
         let hello_id = self.effects.iter().rev().find_map(|effect| match effect {
             Effect::SendHello { message_id, .. } => Some(message_id.clone()),
             _ => None,
@@ -164,7 +170,10 @@ impl Bench {
                     self.session.settled();
                 }
                 Effect::Discard(_) => self.session.settled(),
-                Effect::Poll => self.session.polled(None, self.now),
+                Effect::Poll => {
+                    let failed = self.poll_fails.then_some(None);
+                    self.session.polled(failed, self.now);
+                }
                 Effect::ListFinals => self.session.finals_listed(&[]),
                 _ => {}
             }

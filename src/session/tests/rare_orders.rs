@@ -60,3 +60,110 @@ fn a_server_that_says_not_now_again_and_again_keeps_its_session() {
     }
     assert!(!bench.has(|effect| matches!(effect, Effect::GiveUpStream { .. })));
 }
+
+fn offer(name: &str) -> Box<TaskOffer> {
+    Box::new(TaskOffer {
+        ids: Ids::clone(&ids(name)),
+        command: "true".into(),
+        priority: 0,
+        timeout_seconds: None,
+    })
+}
+
+fn queued(ids: Arc<Ids>) -> QueuedTask {
+    QueuedTask {
+        ids,
+        priority: 0,
+        timeout_seconds: None,
+    }
+}
+
+fn starts_told(bench: &Bench) -> usize {
+    let told = |effect: &&Effect<usize>| matches!(effect, Effect::SendStarted(_));
+    bench.effects.iter().filter(told).count()
+}
+
+#[test]
+fn a_task_that_starts_during_the_handshake_is_told_after_it() {
+    let mut bench = Bench::new();
+    bench.session.recovered([queued(ids("t"))].into_iter());
+    while bench.session.link_state() != LinkState::Connecting {
+        bench.advance(SECOND / 10);
+    }
+    // The snapshot is taken before the process runs, so the hello names no running task.
+    bench.session.connected(bench.now);
+    bench.run();
+    bench.session.task_started(key("t"), bench.now);
+    bench.acknowledge_hello(HelloAck::default());
+    assert_eq!(starts_told(&bench), 1);
+}
+
+#[test]
+fn an_attempt_without_result_channel_has_no_lease() {
+    let mut bench = Bench::new();
+    bench.connect(HelloAck {
+        extensions: Some(vec!["lease".into()]),
+        lease_interval_seconds: Some(5),
+        ..HelloAck::default()
+    });
+    let old = Arc::new(Ids::new("old", "").expect("short"));
+    bench.session.recovered([queued(old.clone())].into_iter());
+    bench.run();
+    bench.session.task_started(old.key(), bench.now);
+    bench.advance(6 * SECOND);
+    assert!(!bench.has(|effect| matches!(effect, Effect::SendLease(..))));
+}
+
+#[test]
+fn a_cancel_that_meets_the_receipt_under_way_is_kept() {
+    let mut bench = Bench::new();
+    bench.connect(HelloAck {
+        extensions: Some(vec!["cancel".into()]),
+        ..HelloAck::default()
+    });
+    bench.say(ServerMessage::Deliver(offer("t")));
+    bench.say(ServerMessage::Cancel {
+        ids: Ids::clone(&ids("t")),
+        reason: Some("not needed".into()),
+    });
+    let origin = Origin {
+        delivered: true,
+        command_bytes: 4,
+    };
+    bench
+        .session
+        .recorded(queued(ids("t")), Recorded::New, origin, bench.now);
+    bench.run();
+    assert!(!bench.has(|effect| matches!(effect, Effect::Start(_))));
+    assert!(bench.has(
+        |effect| matches!(effect, Effect::Interrupt { reason, .. } if reason.contains("not needed"))
+    ));
+}
+
+#[test]
+fn a_refused_task_is_polled_for_until_a_poll_succeeds() {
+    let mut bench = Bench::connected();
+    bench.session.polled(None, bench.now);
+    let origin = Origin {
+        delivered: true,
+        command_bytes: 0,
+    };
+    bench.forget();
+    bench
+        .session
+        .recorded(queued(ids("t")), Recorded::NoRoom, origin, bench.now);
+    bench.poll_fails = true;
+    bench.advance(11 * SECOND);
+    bench.poll_fails = false;
+    let polls = |bench: &Bench| {
+        let poll = |effect: &&Effect<usize>| matches!(effect, Effect::Poll);
+        bench.effects.iter().filter(poll).count()
+    };
+    assert_eq!(polls(&bench), 1);
+    for _ in 0..7 {
+        bench.session.heard(bench.now);
+        bench.advance(10 * SECOND);
+    }
+    assert_eq!(bench.session.link_state(), LinkState::Active);
+    assert_eq!(polls(&bench), 2);
+}
