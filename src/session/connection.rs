@@ -104,6 +104,10 @@ impl Link {
 impl<C: Copy + Ord + Default> Session<C> {
     /// The upgrade has succeeded.
     pub fn connected(&mut self, now: Now) {
+        if !matches!(self.link, Link::Dialing { .. }) {
+            // It has been given up in the same turn; its end is on the way.
+            return;
+        }
         self.link = Link::Handshake {
             deadline: now + HANDSHAKE_TIMEOUT,
             hello: None,
@@ -152,6 +156,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.cancel_granted = false;
         self.delivery.end();
         self.gate.session_down(now);
+        self.reports.set_in_hello(Vec::new());
         self.reports.look_again();
     }
 
@@ -182,7 +187,17 @@ impl<C: Copy + Ord + Default> Session<C> {
         hello.capabilities.results_enabled = self.settings.results;
         hello.capabilities.delivery_enabled = self.settings.delivery;
         hello.capabilities.extensions = EXTENSIONS.map(str::to_owned).to_vec();
+        if !self.settings.results {
+            // They go by report alone.
+            hello.unacked_finals.clear();
+        }
         hello::bound(&mut hello);
+        let finals = hello.unacked_finals.iter();
+        self.reports.set_in_hello(
+            finals
+                .map(|entry| AttemptKey::of(&entry.task_id, &entry.execution_attempt_id))
+                .collect(),
+        );
         self.effects.push_back(Effect::SendHello {
             hello: Box::new(hello),
             message_id,
@@ -244,6 +259,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             if delivery_enabled { "on" } else { "off" }
         );
         self.delivery.begin();
+        self.reports.set_in_hello(Vec::new());
         self.delivery.withhold(self.reports.busy());
         self.gate.session_active(delivery_enabled, now);
         if ack.has_directives() {

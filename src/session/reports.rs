@@ -58,6 +58,10 @@ pub struct Reports {
     refused: HashSet<AttemptKey>,
     /// Finals that the server never acknowledges over the WebSocket.
     forced: HashSet<AttemptKey>,
+    /// Finals of a hello that is not answered yet: the server may take them from there.
+    in_hello: Vec<AttemptKey>,
+    /// The one that was tried last and waits: the others come before it is tried again.
+    tried: Option<AttemptKey>,
 }
 
 impl Default for Reports {
@@ -71,6 +75,8 @@ impl Default for Reports {
             backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)),
             refused: HashSet::new(),
             forced: HashSet::new(),
+            in_hello: Vec::new(),
+            tried: None,
         }
     }
 }
@@ -93,6 +99,11 @@ impl Reports {
         self.wanted = true;
     }
 
+    /// These went with a hello. Without an answer to it, or after, there are none.
+    pub fn set_in_hello(&mut self, keys: Vec<AttemptKey>) {
+        self.in_hello = keys;
+    }
+
     /// Whether the unacknowledged finals should be listed now.
     pub fn want_list(&mut self, channel: Channel, now: Now) -> bool {
         if channel != self.channel {
@@ -107,7 +118,7 @@ impl Reports {
         due
     }
 
-    /// Chooses the next final to report, oldest first.
+    /// Chooses the next final to report, oldest first; after one that failed, the one behind it.
     pub fn choose(&mut self, waiting: &[WaitingFinal]) -> Option<Arc<Ids>> {
         self.listing = false;
         // What is no longer waiting need not be remembered.
@@ -116,7 +127,7 @@ impl Reports {
                 remembered.retain(|key| waiting.iter().any(|entry| entry.key == *key));
             }
         }
-        let chosen = waiting.iter().find(|entry| {
+        let is_chosen = |entry: &&WaitingFinal| {
             let due = match self.channel {
                 Channel::Closed => true,
                 Channel::Interrupted { .. } => {
@@ -124,8 +135,16 @@ impl Reports {
                 }
                 Channel::Open => false,
             };
-            (due || !entry.ids.has_result_channel()) && !self.refused.contains(&entry.key)
-        });
+            (due || !entry.ids.has_result_channel())
+                && !self.refused.contains(&entry.key)
+                && !self.in_hello.contains(&entry.key)
+        };
+        let behind = waiting
+            .iter()
+            .position(|entry| Some(entry.key) == self.tried)
+            .map_or(0, |index| index + 1);
+        let (before, after) = waiting.split_at(behind);
+        let chosen = after.iter().chain(before).find(is_chosen);
         self.busy = chosen.map(|entry| entry.key);
         chosen.map(|entry| entry.ids.clone())
     }
@@ -141,19 +160,24 @@ impl Reports {
         let key = ids.key();
         self.busy = None;
         self.wanted = true;
+        self.tried = None;
         match result {
             ReportResult::Done => self.backoff.reset(),
-            ReportResult::Gone => {}
+            // If its text only cannot be read, it is listed again.
+            ReportResult::Gone => {
+                self.tried = Some(key);
+                self.not_before = now + self.backoff.fail(None, random);
+            }
             ReportResult::Refused { .. } => {
                 self.backoff.reset();
-                if !ids.has_result_channel() {
-                    return true;
-                }
+                // Also one that is to be dropped: the store may not have done so yet.
                 if self.refused.len() < OPEN_ATTEMPTS_MAX {
                     self.refused.insert(key);
                 }
+                return !ids.has_result_channel();
             }
             ReportResult::Retry { after, .. } => {
+                self.tried = Some(key);
                 self.not_before = now + self.backoff.fail(*after, random);
             }
         }
@@ -241,5 +265,46 @@ mod tests {
             Some(Now::from_secs(9))
         );
         assert!(reports.want_list(Channel::Closed, Now::from_secs(9)));
+    }
+
+    #[test]
+    fn a_report_that_fails_does_not_hold_up_the_others() {
+        let mut random = Random::new(1);
+        let mut reports = Reports::default();
+        let finals = ["a", "b", "c"].map(|name| waiting(name, "a", false));
+        let retry = ReportResult::Retry {
+            after: None,
+            why: "500".into(),
+        };
+        let mut now = Now::ZERO;
+        let mut tried = Vec::new();
+        for _ in 0..4 {
+            now += Duration::from_secs(100);
+            assert!(reports.want_list(Channel::Closed, now));
+            let ids = reports.choose(&finals).expect("one is due");
+            reports.finished(&ids, &retry, &mut random, now);
+            tried.push(ids.task.to_string());
+        }
+        assert_eq!(tried, ["a", "b", "c", "a"]);
+    }
+
+    #[test]
+    fn what_cannot_be_dropped_or_read_is_not_reported_without_pause() {
+        let mut random = Random::new(1);
+        let mut reports = Reports::default();
+        let old = waiting("t", "", false);
+        let refused = ReportResult::Refused { why: "404".into() };
+        assert!(reports.want_list(Channel::Closed, Now::ZERO));
+        assert!(reports.choose(std::slice::from_ref(&old)).is_some());
+        assert!(reports.finished(&old.ids, &refused, &mut random, Now::ZERO));
+        assert!(reports.want_list(Channel::Closed, Now::ZERO));
+        assert_eq!(reports.choose(std::slice::from_ref(&old)), None, "dropped");
+
+        let damaged = waiting("d", "a", false);
+        reports.look_again();
+        assert!(reports.want_list(Channel::Closed, Now::ZERO));
+        assert!(reports.choose(std::slice::from_ref(&damaged)).is_some());
+        reports.finished(&damaged.ids, &ReportResult::Gone, &mut random, Now::ZERO);
+        assert!(!reports.want_list(Channel::Closed, Now::ZERO));
     }
 }

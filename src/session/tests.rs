@@ -57,6 +57,8 @@ struct Bench {
     /// Batches that the writer holds; `None`: it writes at once.
     in_writer: Option<usize>,
     poll_fails: bool,
+    /// What the store's snapshot gives.
+    hello: Hello,
 }
 
 impl Bench {
@@ -72,6 +74,7 @@ impl Bench {
             bytes: |_| 100,
             in_writer: None,
             poll_fails: false,
+            hello: Bench::hello(),
         }
     }
 
@@ -141,7 +144,7 @@ impl Bench {
             match &effect {
                 Effect::PrepareHello => {
                     let first_held = self.first_held();
-                    self.session.hello_ready(Bench::hello(), first_held);
+                    self.session.hello_ready(self.hello.clone(), first_held);
                 }
                 Effect::Read(order) => self.read(*order),
                 Effect::Locate { key, stream, from } => {

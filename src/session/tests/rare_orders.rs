@@ -1,6 +1,8 @@
 //! Orders of events that are seldom met, each of which once lost or repeated something.
 
 use super::*;
+use crate::ids::FinalStatus;
+use crate::wire::agent_message::{FinalPayload, UnackedFinal};
 
 #[test]
 fn a_silent_server_is_left_also_if_pings_are_frequent() {
@@ -166,4 +168,83 @@ fn a_refused_task_is_polled_for_until_a_poll_succeeds() {
     }
     assert_eq!(bench.session.link_state(), LinkState::Active);
     assert_eq!(polls(&bench), 2);
+}
+
+#[test]
+fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
+    let mut bench = Bench::new();
+    let mut hello = Bench::hello();
+    hello.unacked_finals.push(UnackedFinal {
+        message_id: Bench::id("t", Piece::Final),
+        task_id: "t".into(),
+        execution_attempt_id: "a".into(),
+        result: FinalPayload {
+            status: FinalStatus::Completed,
+            exit_code: 0,
+            output: None,
+            error: None,
+            output_truncated: false,
+            error_truncated: false,
+        },
+    });
+    bench.hello = hello;
+    let waiting = |name: &str| WaitingFinal {
+        ids: ids(name),
+        key: key(name),
+        output_waits: false,
+    };
+    while bench.session.link_state() != LinkState::Connecting {
+        bench.advance(SECOND / 10);
+    }
+    bench.session.connected(bench.now);
+    bench.run();
+    bench.session.finals_listed(&[waiting("t"), waiting("u")]);
+    bench.run();
+    let reported = |bench: &Bench, name: &str| {
+        bench.has(|effect| matches!(effect, Effect::Report(of) if of.key() == key(name)))
+    };
+    assert!(!reported(&bench, "t"));
+    assert!(reported(&bench, "u"), "it has come after the hello");
+    let gone = ReportResult::Gone;
+    bench.session.reported(&ids("u"), &gone, bench.now);
+    // Nothing came of it.
+    bench.session.disconnected("test", bench.now);
+    bench.run();
+    bench.session.finals_listed(&[waiting("t")]);
+    bench.run();
+    assert!(reported(&bench, "t"));
+}
+
+#[test]
+fn a_hello_without_results_carries_no_finals() {
+    let mut bench = Bench::new();
+    bench.session.settings.results = false;
+    bench.hello.unacked_finals.push(UnackedFinal {
+        message_id: Bench::id("t", Piece::Final),
+        task_id: "t".into(),
+        execution_attempt_id: "a".into(),
+        result: FinalPayload {
+            status: FinalStatus::Completed,
+            exit_code: 0,
+            output: None,
+            error: None,
+            output_truncated: false,
+            error_truncated: false,
+        },
+    });
+    bench.connect(HelloAck::default());
+    assert!(bench.has(
+        |effect| matches!(effect, Effect::SendHello { hello, .. } if hello.unacked_finals.is_empty())
+    ));
+}
+
+#[test]
+fn a_connection_that_comes_after_its_dial_was_given_up_is_none() {
+    let mut bench = Bench::new();
+    while bench.session.link_state() != LinkState::Connecting {
+        bench.advance(SECOND / 10);
+    }
+    bench.session.store_changed(INCARNATION.into(), bench.now);
+    bench.session.connected(bench.now);
+    assert_eq!(bench.session.link_state(), LinkState::Down);
 }
