@@ -334,6 +334,26 @@ fn a_stop_ends_the_task_with_its_reason() {
 }
 
 #[test]
+fn what_a_shell_runs_has_the_grace_to_tidy_up() {
+    let store = FakeStore::default();
+    let (stop, controls) = controls();
+    let tidy = "trap 'sleep 2; echo tidied; exit' TERM; echo ready; while :; do sleep 0.1; done";
+    let mut spec = spec(&format!("sh -c \"{tidy}\"; exit 0"));
+    spec.kill_grace = Duration::from_secs(10);
+    let task = run(spec, &store, controls, |_| {});
+    let ended = smol::block_on(future::or(task, async {
+        while store.bytes(Stream::Stdout).is_empty() {
+            Timer::after(Duration::from_millis(5)).await;
+        }
+        let reason = "cancelled: test".to_owned();
+        stop.try_send(Stop { reason }).expect("room");
+        future::pending().await
+    }));
+    assert_eq!(ended.status(), (FinalStatus::Interrupted, -1));
+    assert_eq!(store.text(Stream::Stdout), "ready\ntidied\n");
+}
+
+#[test]
 fn a_signal_is_told() {
     let (ended, _) = run_sh("kill -9 $$");
     assert_eq!(ended.cause, Cause::Signalled(9));
