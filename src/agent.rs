@@ -48,6 +48,8 @@ struct Context {
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,
+    /// The agent has been told to stop.
+    stopping: Cell<bool>,
 }
 
 impl Context {

@@ -45,6 +45,10 @@ pub const STORE_GIVE_UP: Duration = Duration::from_secs(60);
 /// A shell has exited but a child of it still holds the pipe: what comes later is let go.
 pub const LEFTOVER_PIPE_WAIT: Duration = Duration::from_secs(1);
 
+/// The agent stops, and a task that was killed is still not recorded as ended: it is not waited for
+/// any longer, so that a broken disk does not hold up a reboot.
+pub const STOP_GIVE_UP: Duration = Duration::from_secs(5);
+
 /// What is still read from a pipe that is let go: as much as the largest pipe holds.
 pub const LEFTOVER_PIPE_BYTES: usize = MIB;
 

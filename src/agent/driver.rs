@@ -17,7 +17,7 @@ use super::status::Status;
 use super::{Context, boot_time, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Stream};
-use crate::limits::BATCHES_IN_WRITER;
+use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
@@ -79,8 +79,8 @@ pub struct Driver {
 enum Stopping {
     /// Running tasks may still end by themselves.
     Waiting { until: Now },
-    /// They have been told to end.
-    Told,
+    /// They have been told to end, and are waited for until then.
+    Told { until: Now },
 }
 
 impl Driver {
@@ -140,8 +140,8 @@ impl Driver {
         }
         let now = self.now();
         let stop_at = match self.stopping {
-            Some(Stopping::Waiting { until }) => Some(until),
-            Some(Stopping::Told) | None => None,
+            Some(Stopping::Waiting { until } | Stopping::Told { until }) => Some(until),
+            None => None,
         };
         let deadline = self
             .session
@@ -320,6 +320,7 @@ impl Driver {
         match self.stopping {
             None => {
                 self.session.stop_taking_tasks();
+                self.context.stopping.set(true);
                 let grace = self.context.config.task_kill_grace;
                 match self.running.len() {
                     0 => info!("stopping"),
@@ -330,12 +331,14 @@ impl Driver {
                 }
                 self.stopping = Some(Stopping::Waiting { until: now + grace });
             }
-            Some(_) => self.end_running_tasks(),
+            Some(Stopping::Waiting { .. }) => self.end_running_tasks(now),
+            Some(Stopping::Told { .. }) => {}
         }
     }
 
-    fn end_running_tasks(&mut self) {
-        self.stopping = Some(Stopping::Told);
+    fn end_running_tasks(&mut self, now: Now) {
+        let until = now + self.context.config.task_kill_grace + STOP_GIVE_UP;
+        self.stopping = Some(Stopping::Told { until });
         for stop in self.running.values() {
             let reason = "interrupted: the agent was stopped".to_owned();
             // A task that is already being ended keeps its reason.
@@ -344,12 +347,26 @@ impl Driver {
     }
 
     fn stop_is_complete(&mut self, now: Now) -> bool {
-        if let Some(Stopping::Waiting { until }) = self.stopping
-            && now >= until
-        {
-            self.end_running_tasks();
+        match self.stopping {
+            None => false,
+            Some(_) if self.running.is_empty() => true,
+            Some(Stopping::Waiting { until }) => {
+                if now >= until {
+                    self.end_running_tasks(now);
+                }
+                false
+            }
+            Some(Stopping::Told { until }) => {
+                let given_up = now >= until;
+                if given_up {
+                    warn!(
+                        "{} tasks have not come to an end, the outbox does not take it; the next start records them as interrupted",
+                        self.running.len()
+                    );
+                }
+                given_up
+            }
         }
-        self.stopping.is_some() && self.running.is_empty()
     }
 
     fn status(&self, now: Now) -> Status {

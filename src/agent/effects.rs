@@ -251,7 +251,7 @@ async fn record(context: Rc<Context>, offer: TaskOffer, origin: Origin) {
     let receipt = Receipt {
         ids: Ids::clone(&ids),
         command: match &unusable {
-            Some(_) => Vec::new(),
+            Some(_) => task::UNUSABLE.to_vec(),
             None => offer.command.into_bytes(),
         },
         priority: offer.priority,

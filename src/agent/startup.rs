@@ -188,6 +188,7 @@ impl Parts {
             signer,
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
+            stopping: Cell::new(false),
         })
     }
 

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_channel::Receiver;
 use futures_lite::future;
@@ -13,7 +13,7 @@ use super::driver::Input;
 use super::{Context, report};
 use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop};
 use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
-use crate::limits::{ChunkBatch, STORE_GIVE_UP, STORE_RETRY_DELAY};
+use crate::limits::{ChunkBatch, RETRY_AFTER_MAX, STORE_GIVE_UP, STORE_RETRY_DELAY};
 use crate::outbox::{Final, Phase, Start, StoreError};
 use crate::session::reports::ReportResult;
 use crate::session::tasks::QueuedTask;
@@ -25,43 +25,62 @@ pub async fn run(context: Rc<Context>, task: QueuedTask, stop: Receiver<Stop>) {
     let key = ids.key();
     // The store lets the command go once the attempt has started.
     let command = load_command(&context, key).await;
-    if may_start(&context, &ids, &stop).await {
-        let fin = match command {
-            Ok(command) => execute(&context, &task, command, stop).await,
-            Err(why) => failed(&why),
-        };
+    let fin = match may_start(&context, &ids, &stop).await {
+        MayStart::Yes => match command {
+            Ok(command) if command == UNUSABLE => Some(failed(UNUSABLE_REASON)),
+            Ok(command) => Some(execute(&context, &task, command, stop).await),
+            Err(why) => Some(failed(&why)),
+        },
+        // Stopped with the agent it stays received, and starts after the next start.
+        MayStart::Stopped(_) if context.stopping.get() => None,
+        MayStart::Stopped(stop) => Some(interrupted(&stop.reason)),
+        MayStart::Never => None,
+    };
+    if let Some(fin) = fin {
         store_final(&context, &ids, fin).await;
     }
     context.tell(Input::TaskEnded(key)).await;
 }
 
+/// What is recorded in place of a command that can never run; no command contains a NUL.
+pub const UNUSABLE: &[u8] = b"\0";
+/// For one whose own reason was lost with the agent's end.
+const UNUSABLE_REASON: &str = "the command is too long or contains a NUL character";
+
+enum MayStart {
+    Yes,
+    /// Stopped before it could.
+    Stopped(Stop),
+    /// It has been before, or has ended.
+    Never,
+}
+
 /// Makes the start durable. While the store cannot, the task waits.
-async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> bool {
+async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> MayStart {
     let mut told = false;
     loop {
         let started_at = Timestamp::now().0;
         match context.outbox.start(ids.key(), started_at).await {
-            Ok(Start::Go) => return true,
+            Ok(Start::Go) => return MayStart::Yes,
             Ok(Start::Refused(phase)) => {
                 if !matches!(phase, Phase::Finished { .. } | Phase::Discarded) {
                     warn!("task {ids}: not started, it has been before");
                 }
-                return false;
+                return MayStart::Never;
             }
-            Err(StoreError::Unknown | StoreError::Closed) => return false,
+            Err(StoreError::Unknown | StoreError::Closed) => return MayStart::Never,
             Err(error) => {
                 if !told {
                     told = true;
                     warn!("task {ids}: waits, its start cannot be recorded: {error}");
                 }
-                let stopped = async { stop.recv().await.is_ok() };
+                let stopped = async { stop.recv().await.ok() };
                 let retry = async {
                     Timer::after(STORE_RETRY_DELAY).await;
-                    false
+                    None
                 };
-                // A task that is stopped now stays received and starts after the next start.
-                if future::or(stopped, retry).await {
-                    return false;
+                if let Some(stop) = future::or(stopped, retry).await {
+                    return MayStart::Stopped(stop);
                 }
             }
         }
@@ -190,6 +209,8 @@ fn unstarted(status: FinalStatus, reason: &str) -> Final {
 pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
     let key = ids.key();
     let mut reported = false;
+    // When it may be reported, `None` once the server has refused that for ever.
+    let mut report_at = Some(Instant::now());
     let mut delay = STORE_RETRY_DELAY;
     loop {
         let stored = if reported {
@@ -204,10 +225,22 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
             Err((_, StoreError::Unknown | StoreError::Closed)) => return,
             Err((refused, error)) => {
                 fin = refused;
-                if !reported {
+                if !reported && report_at.is_some_and(|at| at <= Instant::now()) {
                     warn!("task {ids}: its final cannot be stored, reporting it at once: {error}");
-                    let result = report::send(context, ids, &fin).await;
-                    reported = matches!(result, ReportResult::Done | ReportResult::Refused { .. });
+                    match report::send(context, ids, &fin).await {
+                        ReportResult::Done => reported = true,
+                        ReportResult::Refused { why } => {
+                            warn!("task {ids}: the server refuses the report of its result: {why}");
+                            // With a result channel it goes over the WebSocket once it is stored.
+                            reported = !ids.has_result_channel();
+                            report_at = None;
+                        }
+                        ReportResult::Retry { after, .. } => {
+                            let after = after.unwrap_or_default().min(RETRY_AFTER_MAX);
+                            report_at = Some(Instant::now() + after);
+                        }
+                        ReportResult::Gone => {}
+                    }
                 }
             }
         }

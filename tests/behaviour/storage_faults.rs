@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hostlink_edge::ids::{FinalStatus, Stream};
 
-use crate::support::{Agent, ScriptedServer, Task};
+use crate::support::{Agent, Answer, ScriptedServer, Task};
 
 const LINES: usize = 30;
 /// Far longer than the task takes.
@@ -65,6 +65,57 @@ fn a_failed_sync_costs_nothing() {
 #[test]
 fn a_slow_disk_costs_nothing() {
     survives("fdatasync:delay_enter=200000", "slow");
+}
+
+/// A task that was killed cannot be recorded as ended: the device must come down all the same.
+#[test]
+fn a_disk_that_stays_broken_does_not_hold_up_a_stop() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.set("HOSTLINK_TASK_KILL_GRACE", "200ms");
+    agent.inject("pwrite64:error=EIO:when=12+");
+    agent.start_again();
+    server.link();
+    let task = printing(&agent, "broken");
+    server.deliver(&task);
+    agent.wait_line("output waits");
+    let status = agent.terminate();
+    server.check_eq(status.code(), Some(0), "exit status");
+    agent.start_again();
+    let end = server.wait_end(&task);
+    server.check_eq(end.status, FinalStatus::Interrupted, "status");
+    server.check_eq(agent.runs("broken"), 1, "runs");
+}
+
+/// A final that cannot be stored is reported; if the server refuses that, it is still owed over the
+/// WebSocket (PROTOCOL.md 2, Report).
+#[test]
+fn a_refused_report_of_a_final_that_could_not_be_stored_leaves_it_to_the_websocket() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    server.on_http(|request| request.reported_task().map(|_| Answer::status(404)));
+    let mut agent = Agent::start(&server);
+    server.link();
+    let mut reports = 0;
+    for nth in 1..=12 {
+        agent.terminate();
+        agent.inject(&format!("pwrite64:error=EIO:when={nth}..{}", nth + 1));
+        agent.start_again();
+        let task = Task::new(&format!("silent-{nth}"), "exit 6");
+        server.policy(|policy| policy.poll_tasks = vec![task.polled()]);
+        server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
+        let result = server.wait_final(&task);
+        server.policy(|policy| policy.deliver_on_hello.clear());
+        server.policy(|policy| policy.poll_tasks.clear());
+        server.check_eq(result.result().map(|r| r.exit_code), Some(6), "exit code");
+        reports += server.look(|log| log.reports(&task.ids).len());
+    }
+    server.check(reports > 0, "no final was ever refused by the store");
 }
 
 /// Ends the agent at its n-th call, from `first` on; then it starts again without faults.
