@@ -118,6 +118,33 @@ fn a_refused_report_of_a_final_that_could_not_be_stored_leaves_it_to_the_websock
     server.check(reports > 0, "no final was ever refused by the store");
 }
 
+/// What can never run has not run, also if the agent ends between its receipt and its final.
+#[test]
+fn an_unusable_command_never_counts_as_completed() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::start(&server);
+    server.link();
+    for nth in 1..=8 {
+        agent.terminate();
+        let task = Task::new(&format!("unusable-{nth}"), "echo \0");
+        server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
+        agent.inject(&format!("pwrite64:signal=KILL:when={nth}"));
+        agent.start_again();
+        if agent.wait_exit_within(RUN_TIME / 4).is_some() {
+            agent.start_again();
+        }
+        let end = server.wait_end(&task);
+        server.policy(|policy| policy.deliver_on_hello.clear());
+        server.check(
+            end.status != FinalStatus::Completed,
+            &format!("write {nth}: {:?}", end.status),
+        );
+    }
+}
+
 /// Ends the agent at its n-th call, from `first` on; then it starts again without faults.
 fn ends_at(call: &str, first: usize, last: usize, step: usize) {
     if !Agent::can_inject() {
