@@ -525,6 +525,10 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             }
             return true;
         }
+        if self.lanes.is_full() {
+            // Gap errors about what is not held leave lanes behind that nothing will pass.
+            self.forget_idle_lanes();
+        }
         let lane = Lane {
             id,
             since: now,

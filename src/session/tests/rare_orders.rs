@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ids::FinalStatus;
+use crate::limits::LANES_MAX;
 use crate::wire::agent_message::{FinalPayload, UnackedFinal};
 
 #[test]
@@ -247,4 +248,22 @@ fn a_connection_that_comes_after_its_dial_was_given_up_is_none() {
     bench.session.store_changed(INCARNATION.into(), bench.now);
     bench.session.connected(bench.now);
     assert_eq!(bench.session.link_state(), LinkState::Down);
+}
+
+#[test]
+fn gap_errors_about_what_is_not_held_do_not_use_up_the_lanes() {
+    let mut bench = Bench::connected();
+    for number in 0..LANES_MAX + 1 {
+        bench.gap(&format!("old-{number}"), 2, 1);
+    }
+    bench.log.push((key("t"), Piece::Output(Stream::Stdout, 1)));
+    bench.session.appended();
+    // Without a lane it would be read for ever and never sent.
+    for _ in 0..100 {
+        if let Some(Effect::Read(order)) = bench.session.next_effect(bench.now) {
+            bench.read(order);
+        }
+    }
+    assert_eq!(bench.sequences("t"), [1]);
+    bench.run();
 }
