@@ -6,6 +6,9 @@ use super::sim::{Fault, Keep, Random, SimDisk, SimIndex};
 use super::types::*;
 use crate::ids::Stream;
 
+/// Of each of the three tests below, when nothing else is said.
+const HISTORIES: u64 = 3_334;
+
 /// One random history with crashes, also inside the recovery. Fails with the seed.
 fn history(seed: u64, cap_bytes: u64) {
     let random = &mut Random::new(seed);
@@ -40,6 +43,7 @@ fn history(seed: u64, cap_bytes: u64) {
             1 => Keep::Everything,
             2 => Keep::FirstHalf,
             3 => Keep::LastHalf,
+            _ if random.below(2) == 0 => Keep::Pages(random.below(1 << 32)),
             _ => Keep::Some(random.below(1 << 32)),
         };
         tester.crash(keep);
@@ -54,16 +58,29 @@ fn history(seed: u64, cap_bytes: u64) {
     }
 }
 
-/// `HOSTLINK_HISTORIES` makes the run longer: `HOSTLINK_HISTORIES=100000 cargo test --release --lib outbox`.
+/// `HOSTLINK_HISTORIES` makes the run longer, and `HOSTLINK_HISTORY_SEED` is the first seed:
+/// `HOSTLINK_HISTORIES=100000 cargo test --release --lib outbox::crashes`.
 fn histories(cap_bytes: u64) {
-    let wanted = std::env::var("HOSTLINK_HISTORIES").ok();
-    let count = wanted.and_then(|text| text.parse().ok()).unwrap_or(400);
-    for seed in 0..count {
+    let number = |name: &str, default: u64| match std::env::var(name) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{name} is a number")),
+        Err(_) => default,
+    };
+    let first = number("HOSTLINK_HISTORY_SEED", 0);
+    let count = number("HOSTLINK_HISTORIES", HISTORIES);
+    for seed in first..first + count {
         let run = std::panic::catch_unwind(|| history(seed, cap_bytes));
         assert!(
             run.is_ok(),
             "history {seed} with a cap of {cap_bytes} bytes failed"
         );
+        if count > 10 * HISTORIES && (seed + 1 - first).is_multiple_of(HISTORIES) {
+            eprintln!(
+                "{} histories with a cap of {cap_bytes} bytes",
+                seed + 1 - first
+            );
+        }
     }
 }
 
@@ -112,7 +129,7 @@ fn scripted(tester: &mut Tester) {
     tester.close();
 }
 
-const KEEPS: [Keep; 7] = [
+const KEEPS: [Keep; 9] = [
     Keep::Nothing,
     Keep::Everything,
     Keep::FirstHalf,
@@ -120,6 +137,8 @@ const KEEPS: [Keep; 7] = [
     Keep::Some(1),
     Keep::Some(2),
     Keep::Some(3),
+    Keep::Pages(1),
+    Keep::Pages(2),
 ];
 
 #[test]
@@ -354,4 +373,61 @@ fn after_a_fault_the_store_goes_on_by_itself() {
             tester.check();
         }
     }
+}
+
+/// A disk that lies about syncs may lose what was confirmed. Even then the store opens, and what it
+/// gives is what was written.
+#[test]
+fn a_disk_that_lies_costs_messages_but_changes_none() {
+    for seed in 0..150 {
+        let random = &mut Random::new(seed);
+        let mut tester = Tester::new(96 << 10);
+        tester.disk.set_fault(random.below(60), Fault::LyingSync);
+        for _ in 0..random.below(120) {
+            tester.step(random);
+        }
+        tester.crash(match seed % 3 {
+            0 => Keep::Nothing,
+            1 => Keep::Some(seed),
+            _ => Keep::Pages(seed),
+        });
+        let (mut engine, _) = reopened(&tester.disk);
+        let batch = engine.read(ReadRequest {
+            max_messages: 10_000,
+            max_bytes: 1 << 24,
+            ..ReadRequest::default()
+        });
+        for message in &batch.messages {
+            let number = number_of(&message.ids);
+            match &message.body {
+                Body::Output {
+                    stream,
+                    sequence,
+                    data,
+                    ..
+                } => {
+                    let expected = content(number, *stream, *sequence);
+                    assert_eq!(batch.buffer[data.clone()], expected, "seed {seed}");
+                }
+                Body::Final {
+                    exit_code, output, ..
+                } if *exit_code != -1 => {
+                    let expected = final_of(number).output;
+                    assert_eq!(batch.buffer[output.clone()], expected, "seed {seed}");
+                }
+                Body::Final { .. } => {}
+            }
+        }
+    }
+}
+
+fn reopened(disk: &SimDisk) -> (super::engine::Engine, Recovered) {
+    let opened = recovery::open(
+        Box::new(disk.clone()),
+        Box::new(SimIndex::open(disk)),
+        bounds(96 << 10),
+        *b"0123456789abcdef",
+        || 1_000,
+    );
+    opened.expect("the store opens")
 }

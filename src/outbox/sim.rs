@@ -4,7 +4,7 @@
 //! a directory sync. A crash keeps any choice of the unsynced writes, torn at sectors, and of the
 //! unsynced directory changes. After the crash point every call fails.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -14,6 +14,9 @@ use super::memory::MemoryIndex;
 use super::record::Entry;
 use crate::ids::AttemptKey;
 use crate::limits::SECTOR_BYTES;
+
+/// What the page cache writes back at once.
+const PAGE_BYTES: usize = 4096;
 
 /// Small and good enough to choose with; the seed reproduces a run.
 #[derive(Clone)]
@@ -43,6 +46,8 @@ pub enum Keep {
     FirstHalf,
     /// Of each write only its last half.
     LastHalf,
+    /// Each page of 4 KiB on its own, as it was last written, by this seed.
+    Pages(u64),
 }
 
 /// What goes wrong at a chosen call.
@@ -52,6 +57,8 @@ pub enum Fault {
     /// This call and so many after it fail.
     Io(u64),
     NoSpace(u64),
+    /// From here on syncs answer that all is well and do nothing.
+    LyingSync,
 }
 
 #[derive(Default, Clone)]
@@ -59,6 +66,26 @@ struct FileState {
     written: Vec<u8>,
     durable: Vec<u8>,
     unsynced: Vec<(usize, Vec<u8>)>,
+}
+
+impl FileState {
+    /// Writes back some of the pages that were written and not synced.
+    fn keep_pages(&mut self, pick: &mut impl FnMut() -> bool) {
+        let mut pages = BTreeSet::new();
+        for (offset, bytes) in std::mem::take(&mut self.unsynced) {
+            pages.extend(
+                offset / PAGE_BYTES..=(offset + bytes.len()).saturating_sub(1) / PAGE_BYTES,
+            );
+        }
+        for page in pages {
+            let from = (page * PAGE_BYTES).min(self.written.len());
+            let to = (from + PAGE_BYTES).min(self.written.len());
+            if pick() {
+                let bytes = self.written[from..to].to_vec();
+                put(&mut self.durable, from, &bytes);
+            }
+        }
+    }
 }
 
 #[derive(Default)]
@@ -86,6 +113,10 @@ impl World {
             }
             _ => Ok(()),
         }
+    }
+
+    fn lies(&self) -> bool {
+        matches!(self.fault, Some((at, Fault::LyingSync)) if self.calls > at)
     }
 }
 
@@ -122,13 +153,13 @@ impl SimDisk {
     pub fn crash(&self, keep: Keep) {
         let mut world = self.world();
         let mut random = Random::new(match keep {
-            Keep::Some(seed) => seed,
+            Keep::Some(seed) | Keep::Pages(seed) => seed,
             _ => 1,
         });
         let mut pick = move || match keep {
             Keep::Nothing => false,
             Keep::Everything | Keep::FirstHalf | Keep::LastHalf => true,
-            Keep::Some(_) => random.below(2) == 0,
+            Keep::Some(_) | Keep::Pages(_) => random.below(2) == 0,
         };
         let mut dir = world.durable_dir.clone();
         for (name, file) in &world.dir {
@@ -142,6 +173,9 @@ impl SimDisk {
             }
         }
         for file in &mut world.files {
+            if matches!(keep, Keep::Pages(_)) {
+                file.keep_pages(&mut pick);
+            }
             for (offset, bytes) in std::mem::take(&mut file.unsynced) {
                 let (from, to) = match keep {
                     Keep::FirstHalf => (0, bytes.len() / 2 / SECTOR_BYTES * SECTOR_BYTES),
@@ -246,6 +280,9 @@ impl Disk for SimDisk {
     fn sync_dir(&mut self) -> io::Result<()> {
         let mut world = self.world();
         world.call()?;
+        if world.lies() {
+            return Ok(());
+        }
         world.durable_dir = world.dir.clone();
         Ok(())
     }
@@ -279,10 +316,16 @@ impl DiskFile for SimFile {
         if verdict.is_err() && crashed && !first {
             return verdict;
         }
-        // A call that fails may have done its work all the same.
+        // A call that fails may have done its work all the same, or the first half of it, or none.
+        let done = match verdict {
+            Ok(()) => bytes,
+            Err(_) if world.calls % 3 == 0 => &[],
+            Err(_) if world.calls % 3 == 1 => &bytes[..bytes.len() / 2],
+            Err(_) => bytes,
+        };
         let file = &mut world.files[self.1];
-        put(&mut file.written, offset as usize, bytes);
-        file.unsynced.push((offset as usize, bytes.to_vec()));
+        put(&mut file.written, offset as usize, done);
+        file.unsynced.push((offset as usize, done.to_vec()));
         verdict
     }
 
@@ -294,6 +337,9 @@ impl DiskFile for SimFile {
                 world.files[self.1].unsynced.clear();
             }
             return Err(why);
+        }
+        if world.lies() {
+            return Ok(());
         }
         let file = &mut world.files[self.1];
         for (offset, bytes) in std::mem::take(&mut file.unsynced) {
