@@ -169,7 +169,7 @@ impl SegmentReader {
         if offset < self.base || end > self.base + self.filled as u64 {
             let wanted = len.max(self.read_ahead.min((limit - offset) as usize));
             if self.window.len() < wanted {
-                self.window.resize(wanted, 0);
+                self.window = vec![0; wanted];
             }
             self.base = offset;
             let window = &mut self.window[..wanted];

@@ -238,7 +238,8 @@ impl SimDisk {
 fn put(bytes: &mut Vec<u8>, offset: usize, data: &[u8]) {
     let end = offset + data.len();
     if bytes.len() < end {
-        bytes.resize(end, 0);
+        // Unlike `resize` it is quick in a debug build.
+        bytes.extend_from_slice(&vec![0; end - bytes.len()]);
     }
     bytes[offset..end].copy_from_slice(data);
 }
