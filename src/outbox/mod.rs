@@ -38,6 +38,8 @@ mod opening;
 mod reader;
 mod record;
 mod recovery;
+#[cfg(test)]
+mod regressions;
 mod segment;
 #[cfg(test)]
 mod sim;

@@ -59,6 +59,8 @@ pub enum Fault {
     NoSpace(u64),
     /// From here on syncs answer that all is well and do nothing.
     LyingSync,
+    /// The file that is synced then can never be synced again: one bad block.
+    BadFile,
 }
 
 #[derive(Default, Clone)]
@@ -96,6 +98,7 @@ struct World {
     index: Vec<(AttemptKey, Entry)>,
     calls: u64,
     fault: Option<(u64, Fault)>,
+    bad_file: Option<usize>,
 }
 
 impl World {
@@ -231,6 +234,7 @@ impl SimDisk {
             index: world.index.clone(),
             calls: world.calls,
             fault: None,
+            bad_file: world.bad_file,
         })))
     }
 }
@@ -341,6 +345,12 @@ impl DiskFile for SimFile {
         }
         if world.lies() {
             return Ok(());
+        }
+        if matches!(world.fault, Some((at, Fault::BadFile)) if world.calls > at) {
+            world.bad_file.get_or_insert(self.1);
+        }
+        if world.bad_file == Some(self.1) {
+            return Err(io::Error::other("simulated bad block"));
         }
         let file = &mut world.files[self.1];
         for (offset, bytes) in std::mem::take(&mut file.unsynced) {

@@ -1,0 +1,291 @@
+//! Histories that once lost, repeated or held up something, each named after what went wrong.
+
+use super::engine::Engine;
+use super::model::{Tester, command, ids};
+use super::sim::{Fault, Keep};
+use super::types::*;
+use crate::ids::Stream;
+
+const OUT: Stream = Stream::Stdout;
+const KEEPS: [Keep; 6] = [
+    Keep::Nothing,
+    Keep::Everything,
+    Keep::FirstHalf,
+    Keep::LastHalf,
+    Keep::Some(7),
+    Keep::Pages(7),
+];
+
+/// The power goes and comes back: what was promised is there.
+fn power_cut(tester: &mut Tester, keep: Keep) {
+    tester.crash(keep);
+    assert!(tester.open(), "{keep:?}");
+    tester.settle();
+    tester.check();
+}
+
+fn phase(tester: &mut Tester, number: u64) -> Option<Phase> {
+    let known = tester.engine().known_phase(ids(number).key());
+    known.expect("the index answers")
+}
+
+fn is_queued(tester: &mut Tester, number: u64) -> bool {
+    phase(tester, number) == Some(Phase::Received)
+}
+
+fn oldest_generation(engine: &Engine) -> u64 {
+    engine.log.segments[0].generation()
+}
+
+#[test]
+fn a_task_that_reboots_the_device_runs_once() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        // Between its receipt and its start it is still to be run ...
+        power_cut(&mut tester, keep);
+        assert!(is_queued(&mut tester, number), "{keep:?}");
+        tester.start(number);
+        assert_eq!(tester.known[&number].goes, 1);
+        // ... and once its start was allowed, never again: it is what cut the power.
+        power_cut(&mut tester, keep);
+        assert!(tester.known[&number].interrupted, "{keep:?}");
+        tester.start(number);
+        assert_eq!(tester.known[&number].goes, 1);
+    }
+}
+
+#[test]
+fn a_discarded_task_does_not_start_offline_after_a_power_cut() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        tester.discard(number);
+        power_cut(&mut tester, keep);
+        assert_eq!(phase(&mut tester, number), Some(Phase::Discarded));
+        tester.start(number);
+        assert_eq!(tester.known[&number].goes, 0, "{keep:?}");
+    }
+}
+
+/// What a restart has read from the page cache, and sent, must be on the medium before.
+#[test]
+fn what_was_sent_after_a_kill_before_the_sync_outlives_a_power_cut() {
+    for fault in [Fault::Crash, Fault::Io(1)] {
+        for keep in KEEPS {
+            let mut tester = Tester::new(1 << 20);
+            let number = tester.receive();
+            tester.start(number);
+            // The write is done, its sync is not.
+            tester.disk.set_fault(1, fault);
+            tester.append(number, OUT, 3);
+            assert_eq!(tester.known[&number].last[0], (0, 3));
+            tester.kill();
+            assert!(tester.open());
+            tester.settle();
+            tester.check();
+            assert_eq!(
+                tester.known[&number].last[0],
+                (3, 3),
+                "it was read and sent"
+            );
+            power_cut(&mut tester, keep);
+            assert_eq!(tester.known[&number].last[0], (3, 3), "{fault:?} {keep:?}");
+        }
+    }
+}
+
+/// A unit is all or nothing, and its remains are in nobody's way.
+#[test]
+fn a_unit_of_which_one_block_reached_the_medium_is_dropped_whole() {
+    let mut dropped = 0;
+    for keep in [Keep::LastHalf].into_iter().chain((0..20).map(Keep::Some)) {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        let other = tester.receive();
+        tester.start(number);
+        tester.append(number, OUT, 2);
+        tester.disk.set_fault(1, Fault::Crash);
+        tester.append(number, OUT, 5);
+        tester.crash(keep);
+        assert!(tester.open());
+        let last = |tester: &mut Tester| {
+            let attempt = &tester.engine().attempts[&ids(number).key()];
+            attempt.stream(OUT).mark.last
+        };
+        let found = last(&mut tester);
+        assert!(found == 2 || (found == 7 && keep != Keep::LastHalf));
+        dropped += u32::from(found == 2);
+        tester.settle();
+        tester.check();
+        // What is written behind the remains is found again.
+        tester.start(other);
+        tester.append(other, OUT, 4);
+        power_cut(&mut tester, Keep::Nothing);
+        assert_eq!(last(&mut tester), found, "{keep:?}");
+        assert_eq!(tester.known[&other].last[0], (4, 4), "{keep:?}");
+    }
+    assert!(dropped > 10, "{dropped} were torn");
+}
+
+#[test]
+fn a_start_that_was_copied_behind_its_final_does_not_reopen_the_attempt() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        tester.start(number);
+        let first = oldest_generation(tester.engine());
+        tester.engine().log.seal_active();
+        tester.finish(number);
+        assert_eq!(tester.engine().make_room(false), Ok(true));
+        let attempt = &tester.engine().attempts[&ids(number).key()];
+        let fin = attempt.fin.expect("it ended");
+        assert!(attempt.identity_at > fin.at, "the start was copied behind");
+        assert!(oldest_generation(tester.engine()) > first);
+        power_cut(&mut tester, keep);
+        assert_eq!(
+            phase(&mut tester, number),
+            Some(Phase::Finished { held: true })
+        );
+        assert!(!tester.known[&number].interrupted, "{keep:?}");
+    }
+}
+
+/// The segment with the end of a life may not go before the one with its begin: without the index
+/// the begin alone would be run again.
+#[test]
+fn an_index_lost_after_rotation_costs_no_second_run() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(1 << 20);
+        let done = tester.receive();
+        // This one keeps the first segment.
+        let waiting = tester.receive();
+        tester.engine().log.seal_active();
+        tester.start(done);
+        tester.finish(done);
+        tester.acknowledge_final(done);
+        let third = tester.receive();
+        tester.engine().log.seal_active();
+        tester.discard(third);
+        tester.engine().log.seal_active();
+        tester.receive();
+        assert!(tester.engine().retire_dead().is_ok());
+        tester.disk.lose_index();
+        power_cut(&mut tester, keep);
+        assert!(!is_queued(&mut tester, done), "{keep:?}");
+        assert!(!is_queued(&mut tester, third), "{keep:?}");
+        assert!(is_queued(&mut tester, waiting), "{keep:?}");
+    }
+}
+
+#[test]
+fn a_store_whose_every_segment_is_partly_alive_goes_on_at_the_cap() {
+    let cap_bytes = 96 << 10;
+    let mut tester = Tester::new(cap_bytes);
+    let running = tester.receive();
+    tester.start(running);
+    let mut waiting = Vec::new();
+    for round in 0..120 {
+        if waiting.len() < 8 && round % 3 == 0 {
+            waiting.push(tester.receive());
+        }
+        let before = tester.known[&running].last[0].0;
+        tester.append(running, OUT, 5);
+        let last = tester.known[&running].last[0].0;
+        assert_eq!(last, before + 5, "round {round}: output is taken");
+        tester.acknowledge(running, OUT, last);
+        let used: u64 = tester.engine().log.used_bytes();
+        assert!(used <= cap_bytes, "round {round}: {used} bytes");
+        tester.check();
+    }
+    assert_eq!(waiting.len(), 8);
+    tester.finish(running);
+    assert!(tester.known[&running].finished.0, "the final has room");
+    for keep in [Keep::Nothing, Keep::Everything] {
+        power_cut(&mut tester, keep);
+        for &number in &waiting {
+            let task = tester.engine().load_task(ids(number).key());
+            let task = task.expect("readable").expect("held");
+            assert_eq!(task.command, command(number), "{keep:?}");
+        }
+    }
+}
+
+/// Nothing is retired whose memory is not durable elsewhere.
+#[test]
+fn a_failed_index_sync_at_retirement_forgets_no_attempt() {
+    let mut failures = 0;
+    for call in 0..8 {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        tester.start(number);
+        tester.finish(number);
+        tester.acknowledge_final(number);
+        // Takes the closing with it.
+        tester.receive();
+        tester.engine().log.seal_active();
+        let last = tester.receive();
+        // The waiting ones are copied forward, so that the first segment can go.
+        tester.disk.set_fault(call, Fault::Io(1));
+        for _ in 0..2 {
+            failures += u32::from(tester.engine().make_room(false).is_err());
+        }
+        tester.disk.clear_fault();
+        power_cut(&mut tester, Keep::Everything);
+        assert_eq!(
+            phase(&mut tester, number),
+            Some(Phase::Finished { held: false }),
+            "call {call}"
+        );
+        assert!(is_queued(&mut tester, last));
+    }
+    assert!(failures > 1, "the fault was met");
+}
+
+/// A cut is known after a restart also if no chunk of the stream is left to show it.
+#[test]
+fn output_is_marked_as_cut_before_it_is_dropped() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(96 << 10);
+        let quiet = tester.receive();
+        tester.start(quiet);
+        tester.append(quiet, OUT, 5);
+        let loud = tester.receive();
+        tester.start(loud);
+        let first = oldest_generation(tester.engine());
+        for round in 0.. {
+            tester.append(loud, OUT, 5);
+            if oldest_generation(tester.engine()) > first {
+                break;
+            }
+            assert!(round < 200, "the cap is reached");
+        }
+        tester.crash(keep);
+        assert!(tester.open());
+        let mark = &tester.engine().attempts[&ids(quiet).key()].stream(OUT).mark;
+        assert!(mark.truncated && mark.last == 5, "{keep:?}: {mark:?}");
+        tester.settle();
+        tester.check();
+    }
+}
+
+/// After a failed sync the log goes on elsewhere, so that one bad block does not stop it.
+#[test]
+fn a_segment_that_cannot_be_synced_is_left_behind() {
+    for call in 0..12 {
+        let mut tester = Tester::new(1 << 20);
+        let number = tester.receive();
+        tester.start(number);
+        tester.append(number, OUT, 2);
+        tester.disk.set_fault(call, Fault::BadFile);
+        let mut refused = 0;
+        for _ in 0..12 {
+            let before = tester.known[&number].last[0].0;
+            tester.append(number, OUT, 2);
+            refused += u32::from(tester.known[&number].last[0].0 == before);
+        }
+        assert_eq!(refused, 1, "call {call}");
+        tester.check();
+        power_cut(&mut tester, Keep::Nothing);
+    }
+}
