@@ -176,7 +176,11 @@ impl Engine {
                 .commit(&mut self.unit, limit, may_use_spare, now_ms)
             {
                 Ok(placed) => {
-                    self.full_since = None;
+                    // What was written may have taken the place of output that was given up.
+                    if self.full_with_files != Some(self.log.files_made) {
+                        self.full_since = None;
+                        self.full_with_files = None;
+                    }
                     self.keep_tidy();
                     return Ok(placed);
                 }
@@ -184,7 +188,11 @@ impl Engine {
                 Err(CommitError::NoRoom) => self.make_room(true)?,
                 Err(CommitError::DiskFull) => {
                     let since = *self.full_since.get_or_insert_with(Instant::now);
-                    self.make_room(since.elapsed() >= DISK_FULL_PATIENCE)?
+                    let is_full = since.elapsed() >= DISK_FULL_PATIENCE;
+                    if is_full {
+                        self.full_with_files = Some(self.log.files_made);
+                    }
+                    self.make_room(is_full)?
                 }
             };
             if room_made {

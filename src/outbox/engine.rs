@@ -62,6 +62,9 @@ pub(super) struct Engine {
     pub window: Vec<u8>,
     /// Since when the file system has had no room.
     pub full_since: Option<Instant>,
+    /// [`Log::files_made`] when output was given up because the file system had no room: it is
+    /// full until one more can be made, and not waited for again.
+    pub full_with_files: Option<u64>,
     clock_ms: fn() -> u64,
     /// Something to send was committed since this was last taken.
     pub news: bool,
@@ -95,6 +98,7 @@ impl Engine {
             reading: None,
             window: Vec::new(),
             full_since: None,
+            full_with_files: None,
             clock_ms,
             news: false,
             clean_mark: None,

@@ -115,6 +115,8 @@ pub(super) struct Log {
     tail: Tail,
     /// A removed file may still be there after a power cut, and must not before the next header.
     dir_unsynced: bool,
+    /// Files that the file system had room for.
+    pub files_made: u64,
 }
 
 /// Where recovery found the end of the log.
@@ -146,6 +148,7 @@ impl Log {
             next_unit: end.next_unit,
             tail: end.tail,
             dir_unsynced: true,
+            files_made: 0,
         }
     }
 
@@ -326,6 +329,7 @@ impl Log {
         let name = self.next_name;
         self.next_name += 1;
         let file = self.disk.create(&file_name(name), capacity)?;
+        self.files_made += 1;
         self.dir_unsynced = true;
         Ok((name, file))
     }
