@@ -12,6 +12,7 @@ mod delivery_answers;
 mod environment;
 mod fallback_report;
 mod final_texts;
+mod full_disk;
 mod gap_error_never_taken;
 mod gap_error_replays_once;
 mod hello_directives;

@@ -2,7 +2,8 @@
 //! Whatever happens, what arrives is an exact prefix, nothing runs twice, and the agent recovers by
 //! itself.
 //!
-//! `HOSTLINK_FAULT_STEP=1` ends the agent at every call instead of at some.
+//! `HOSTLINK_FAULT_STEP=1` ends the agent at every call instead of at some, and
+//! `HOSTLINK_TEST_BINARY=path` puts the release binary under the faults.
 
 use std::time::Duration;
 
@@ -28,8 +29,9 @@ fn expected_text() -> String {
         .collect()
 }
 
-/// The fault passes: everything arrives over the one connection.
-fn survives(faults: &str, name: &str) {
+/// The fault passes: everything arrives over the one connection. `tells` is what the agent says
+/// when it meets the fault.
+fn survives(faults: &str, name: &str, tells: Option<&str>) {
     if !Agent::can_inject() {
         return;
     }
@@ -50,21 +52,33 @@ fn survives(faults: &str, name: &str) {
     server.check_eq(text, expected_text(), faults);
     server.check_eq(agent.runs(name), 1, "runs");
     server.check_eq(server.look(|log| log.connections()), 1, "connections");
+    if let Some(line) = tells {
+        agent.wait_line(line);
+        agent.wait_line("its output is stored again");
+    }
 }
 
 #[test]
 fn a_full_disk_in_the_middle_costs_nothing() {
-    survives("pwrite64:error=ENOSPC:when=12..31", "full");
+    survives(
+        "pwrite64:error=ENOSPC:when=12..31",
+        "full",
+        Some("output waits"),
+    );
 }
 
 #[test]
 fn a_failed_sync_costs_nothing() {
-    survives("fdatasync:error=EIO:when=12", "failed-sync");
+    survives(
+        "fdatasync:error=EIO:when=12",
+        "failed-sync",
+        Some("output waits"),
+    );
 }
 
 #[test]
 fn a_slow_disk_costs_nothing() {
-    survives("fdatasync:delay_enter=200000", "slow");
+    survives("fdatasync:delay_enter=200000", "slow", None);
 }
 
 /// A task that was killed cannot be recorded as ended: the device must come down all the same.
@@ -159,7 +173,7 @@ fn ends_at(call: &str, first: usize, last: usize, step: usize) {
     server.link();
     let mut hits = 0;
     for nth in (first..=last).step_by(step) {
-        let name = format!("{call}-{nth}");
+        let name = format!("{}-{nth}", call.trim_start_matches("/^"));
         let task = printing(&agent, &name);
         agent.terminate();
         server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
@@ -208,4 +222,67 @@ fn the_agent_may_end_at_any_preallocation() {
 #[test]
 fn the_agent_may_end_at_any_sync_of_a_directory() {
     ends_at("fsync", 1, 6, 1);
+}
+
+#[test]
+fn the_agent_may_end_at_any_unlink() {
+    ends_at("/^unlink", 1, 1, 1);
+}
+
+/// The first start writes its identity by renames. A thread counts its own, so not each is met.
+#[test]
+fn the_agent_may_end_at_any_rename_of_its_first_start() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let mut hits = 0;
+    for nth in 1..=3 {
+        let server = ScriptedServer::start();
+        let mut agent = Agent::prepare(&server);
+        agent.inject(&format!("/^rename:signal=KILL:when={nth}"));
+        agent.start_again();
+        if agent.wait_exit_within(RUN_TIME / 2).is_some() {
+            hits += 1;
+            agent.start_again();
+        }
+        server.link();
+        runs_whole(&server, &agent, &format!("rename-{nth}"));
+    }
+    assert!(hits > 0, "a rename was met");
+}
+
+/// Later ones bring the index up to date and leave the mark of a clean stop.
+#[test]
+fn the_agent_may_end_at_any_later_rename() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::start(&server);
+    server.link();
+    let mut hits = 0;
+    for nth in 1..=2 {
+        agent.terminate();
+        agent.inject(&format!("/^rename:signal=KILL:when={nth}"));
+        agent.start_again();
+        let ended = agent.wait_exit_within(RUN_TIME / 4);
+        let ended = ended.unwrap_or_else(|| agent.terminate());
+        hits += u32::from(!ended.success());
+        let before = server.look(|log| log.connections());
+        agent.start_again();
+        server.wait_hello(before + 1);
+        server.link();
+        runs_whole(&server, &agent, &format!("later-rename-{nth}"));
+    }
+    server.check(hits > 0, "a rename was met");
+}
+
+fn runs_whole(server: &ScriptedServer, agent: &Agent, name: &str) {
+    let task = printing(agent, name);
+    server.deliver(&task);
+    let end = server.wait_end(&task);
+    server.check_eq(end.status, FinalStatus::Completed, name);
+    server.check_eq(agent.runs(name), 1, name);
+    let text = server.look(|log| log.text(&task.ids, Stream::Stdout));
+    server.check_eq(text, expected_text(), name);
 }
