@@ -28,6 +28,8 @@ mod crashes;
 mod disk;
 mod engine;
 mod facts;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod handle;
 mod index;
 mod log;

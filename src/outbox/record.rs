@@ -31,6 +31,10 @@ const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
 /// or a rejected chunk; with more, what lies between the two eldest is given up too.
 pub(super) const LOST_RANGES_MAX: usize = 32;
 
+/// No count of ours comes near it. What is greater was never written, and is refused, so that
+/// nothing overflows that adds to it.
+const NUMBER_MAX: u64 = 1 << 62;
+
 /// Flag of the last record of a unit: what follows is the next sector's unit.
 const FLAG_LAST: u16 = 0x8000;
 const FLAG_OUTPUT_TRUNCATED: u16 = 1;
@@ -403,13 +407,16 @@ impl<'a> Record<'a> {
     pub fn decode(head: &RecordHead, body: &'a [u8]) -> Option<Record<'a>> {
         let stream = *Stream::ALL.get(usize::from(head.stream))?;
         let flagged = head.flags & FLAG_DROPPED != 0;
+        if head.value > NUMBER_MAX {
+            return None;
+        }
         Some(match head.kind {
             1 => {
                 let (identity, command) = take_identity(head, body)?;
                 Record::Received { identity, command }
             }
             2 => Record::Starting { at_ms: head.value },
-            3 => Record::Output {
+            3 if head.value > 0 => Record::Output {
                 stream,
                 sequence: head.value,
                 data: body,
@@ -422,7 +429,7 @@ impl<'a> Record<'a> {
                     exit_code: u32_at(body, 1)? as i32,
                     output_truncated: head.flags & FLAG_OUTPUT_TRUNCATED != 0,
                     error_truncated: head.flags & FLAG_ERROR_TRUNCATED != 0,
-                    last: [u64_at(body, 5)?, u64_at(body, 13)?],
+                    last: [number_at(body, 5)?, number_at(body, 13)?],
                 };
                 Record::Final {
                     ending,
@@ -436,7 +443,7 @@ impl<'a> Record<'a> {
                 stream,
                 through: head.value,
             },
-            8 => Record::Rejected {
+            8 if head.value > 0 => Record::Rejected {
                 stream,
                 sequence: head.value,
             },
@@ -450,12 +457,16 @@ impl<'a> Record<'a> {
             11 => {
                 let mut lost = Vec::new();
                 for pair in body.get(16..)?.chunks_exact(16).take(LOST_RANGES_MAX) {
-                    lost.push((u64_at(pair, 0)?, u64_at(pair, 8)?));
+                    let (from, to) = (number_at(pair, 0)?, number_at(pair, 8)?);
+                    if from == 0 || from > to {
+                        return None;
+                    }
+                    lost.push((from, to));
                 }
                 Record::Mark {
                     stream,
                     mark: Mark {
-                        last: u64_at(body, 0)?,
+                        last: number_at(body, 0)?.max(head.value),
                         done: head.value,
                         bits: u64_at(body, 8)?,
                         truncated: flagged,
@@ -491,6 +502,34 @@ fn take_identity<'a>(head: &RecordHead, body: &'a [u8]) -> Option<(Identity, &'a
     Some((identity, rest))
 }
 
+/// These bytes as a unit whose checksums are right, whatever they are.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn mend_unit(seed: u32, offset: u64, number: u64, records: &[u8]) -> Vec<u8> {
+    let mut unit = vec![0; UNIT_HEAD_BYTES];
+    unit.extend_from_slice(records);
+    let (mut at, mut count) = (UNIT_HEAD_BYTES, 0u32);
+    while at + RECORD_HEAD_BYTES <= unit.len() {
+        let room = unit.len() - at - RECORD_HEAD_BYTES;
+        let wanted = u32_at(&unit, at + 4).unwrap_or(0) as usize % 4096;
+        let body = wanted.min(room);
+        unit[at + 4..at + 8].copy_from_slice(&(body as u32).to_le_bytes());
+        let end = at + RECORD_HEAD_BYTES + body;
+        let crc = record_crc(seed, offset + at as u64, &unit[at..end]);
+        unit[at..at + 4].copy_from_slice(&crc.to_le_bytes());
+        at = end;
+        count += 1;
+    }
+    unit.truncate(at);
+    unit[..4].copy_from_slice(&UNIT_MAGIC.to_le_bytes());
+    unit[8..16].copy_from_slice(&number.to_le_bytes());
+    unit[16..20].copy_from_slice(&((at - UNIT_HEAD_BYTES) as u32).to_le_bytes());
+    unit[20..24].copy_from_slice(&count.to_le_bytes());
+    let crc = unit_crc(seed, offset, &unit);
+    unit[4..8].copy_from_slice(&crc.to_le_bytes());
+    unit.resize(unit.len().next_multiple_of(SECTOR_BYTES), 0);
+    unit
+}
+
 fn unit_crc(seed: u32, offset: u64, head: &[u8]) -> u32 {
     let crc = crc32c::crc32c_append(seed, &offset.to_le_bytes());
     crc32c::crc32c_append(crc, &head[8..UNIT_HEAD_BYTES])
@@ -504,6 +543,10 @@ fn record_crc(seed: u32, offset: u64, record: &[u8]) -> u32 {
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_le_bytes(bytes.try_into().ok()?))
+}
+
+fn number_at(bytes: &[u8], at: usize) -> Option<u64> {
+    u64_at(bytes, at).filter(|number| *number <= NUMBER_MAX)
 }
 
 pub(super) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
