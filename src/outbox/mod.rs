@@ -45,6 +45,8 @@ mod regressions;
 mod segment;
 #[cfg(test)]
 mod sim;
+#[cfg(test)]
+mod sizes;
 mod space;
 #[cfg(test)]
 mod tests;
