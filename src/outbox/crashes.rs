@@ -225,6 +225,17 @@ fn what_is_needed_is_copied_forward() {
     tester.start(running);
 }
 
+/// `HOSTLINK_DAMAGE_STEP=1` flips every bit and cuts at every byte, instead of at some.
+fn damage_steps() -> (usize, usize) {
+    match std::env::var("HOSTLINK_DAMAGE_STEP") {
+        Ok(step) => {
+            let step = step.parse().expect("HOSTLINK_DAMAGE_STEP is a number");
+            (step, step)
+        }
+        Err(_) => (13, 29),
+    }
+}
+
 /// What is left of a store that was damaged must be as it was, and the damage told.
 #[test]
 fn a_flipped_bit_costs_only_what_it_hit() {
@@ -243,14 +254,15 @@ fn a_flipped_bit_costs_only_what_it_hit() {
     tester.engine = None;
     let whole = tester.disk.contents(&name);
     let used = whole.iter().rposition(|&byte| byte != 0).expect("content") + 1;
-    for bit in (0..used * 8).step_by(61) {
+    let (bits, bytes) = damage_steps();
+    for bit in (0..used * 8).step_by(bits) {
         let mut damaged = whole.clone();
         damaged[bit / 8] ^= 1 << (bit % 8);
         let fork = tester.disk.fork();
         fork.overwrite(&name, damaged);
         check_damaged(fork, number, other, bit);
     }
-    for cut in (0..used).step_by(97) {
+    for cut in (0..used).step_by(bytes) {
         let fork = tester.disk.fork();
         fork.overwrite(&name, whole[..cut].to_vec());
         check_damaged(fork, number, other, cut);
