@@ -5,6 +5,7 @@
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`], [`members`]: signals, exit and reaping; who is left in the group.
+//! - [`timeout`]: the bound of its run time.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
 //! signals may be sent; sequences count from 1 without holes; no chunk is dropped while the store
@@ -18,6 +19,7 @@ mod script;
 pub mod tail;
 #[cfg(test)]
 mod tests;
+mod timeout;
 pub mod utf8;
 
 use std::cell::Cell;
@@ -41,6 +43,7 @@ pub struct Spec {
     pub ids: Ids,
     /// Script text: run by its `#!` interpreter, or by `/bin/sh`.
     pub command: Vec<u8>,
+    /// Time in suspend counts.
     pub timeout: Option<Duration>,
     /// From TERM to KILL, for every process of the group: a shell dies of TERM at once, while the
     /// program that it was running may still be tidying up.
@@ -192,7 +195,7 @@ async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Ca
     let timeout = async {
         match spec.timeout {
             Some(after) => {
-                Timer::after(after).await;
+                timeout::elapse(after).await;
                 Cause::TimedOut(after)
             }
             None => future::pending().await,
