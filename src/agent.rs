@@ -31,6 +31,7 @@ use smol::LocalExecutor;
 
 use self::driver::Input;
 use crate::config::Config;
+use crate::executor::host::Host;
 use crate::{net, outbox};
 
 pub use self::startup::run;
@@ -41,6 +42,8 @@ struct Context {
     agent_id: String,
     executor: Rc<LocalExecutor<'static>>,
     outbox: outbox::Handle,
+    /// Whose processes run.
+    host: Rc<Host>,
     dialer: Rc<net::Dialer>,
     websocket: net::Url,
     api: net::Api,

@@ -66,6 +66,8 @@ pub struct Config {
     pub task_concurrency: usize,
     pub task_timeout: Option<Duration>,
     pub task_kill_grace: Duration,
+    /// What a task leaves running when it ends by itself is left alone.
+    pub task_leftovers_keep: bool,
     pub registration_retry_initial_delay: Duration,
     pub ca_file: Option<PathBuf>,
     pub client_cert: Option<PathBuf>,
@@ -284,6 +286,7 @@ fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
             seconds(10),
             Duration::ZERO..=minutes(5),
         ),
+        task_leftovers_keep: reader.choice("HOSTLINK_TASK_LEFTOVERS", &["kill", "keep"]) == "keep",
         registration_retry_initial_delay: reader.duration(
             "HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY",
             seconds(10),

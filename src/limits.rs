@@ -60,6 +60,22 @@ pub const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
 pub const GROUP_POLL_INTERVAL_MIN: Duration = Duration::from_millis(2);
 pub const GROUP_POLL_INTERVAL_MAX: Duration = Duration::from_millis(100);
 
+/// What a task leaves behind gets this long from TERM to KILL: its shell has ended, so nobody
+/// waits for a result.
+pub const LEFTOVER_GRACE: Duration = Duration::from_millis(500);
+
+/// A killed process that is still there after this hangs in the kernel, and is not waited for.
+pub const KILL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Looks for processes that are not stopped yet, before those that are get killed.
+pub const STOP_ROUNDS_MAX: usize = 50;
+
+/// Processes that one look at the system takes in; the next look finds the others.
+pub const PROCESSES_SEEN_MAX: usize = 16 * KIB;
+
+/// What is read of a process's environment.
+pub const ENVIRONMENT_BYTES_READ: u64 = MIB as u64;
+
 /// A task that is dropped while it runs is killed and waited for in place, this many times
 /// [`GROUP_POLL_INTERVAL_MIN`] at most: the thread stands still meanwhile.
 pub const DROPPED_TASK_LOOKS: u32 = 5;

@@ -104,6 +104,7 @@ async fn execute(
     let ids = &task.ids;
     let config = &context.config;
     let spec = Spec {
+        host: context.host.clone(),
         ids: Ids::clone(ids),
         command,
         timeout: bound_timeout(task.timeout_seconds, config.task_timeout),

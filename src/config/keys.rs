@@ -4,9 +4,13 @@
 pub const PREFIX: &str = "HOSTLINK_";
 
 /// Set by the agent for its tasks; met when an agent is started by a task.
-pub const OF_TASKS: [&str; 2] = ["HOSTLINK_TASK_ID", "HOSTLINK_ATTEMPT_ID"];
+pub const OF_TASKS: [&str; 3] = [
+    "HOSTLINK_TASK_ID",
+    "HOSTLINK_ATTEMPT_ID",
+    "HOSTLINK_TASK_MARK",
+];
 
-pub const KEYS: [&str; 34] = [
+pub const KEYS: [&str; 35] = [
     "SH_CONTROL_PLANE_URL",
     "HOSTLINK_WS_URL",
     "HOSTLINK_WS_ENABLED",
@@ -33,6 +37,7 @@ pub const KEYS: [&str; 34] = [
     "HOSTLINK_TASK_CONCURRENCY",
     "HOSTLINK_TASK_TIMEOUT",
     "HOSTLINK_TASK_KILL_GRACE",
+    "HOSTLINK_TASK_LEFTOVERS",
     "HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY",
     "HOSTLINK_CA_FILE",
     "HOSTLINK_CLIENT_CERT",

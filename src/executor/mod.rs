@@ -4,7 +4,8 @@
 //! - [`script`]: how the command becomes a process.
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
-//! - [`process`], [`members`]: signals, exit and reaping; who is left in the group.
+//! - [`process`]: signals, exit and reaping.
+//! - [`host`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
 //! - [`timeout`]: the bound of its run time.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
@@ -12,9 +13,11 @@
 //! can come back.
 
 pub mod capture;
+mod ending;
 pub mod flush;
-mod members;
+pub mod host;
 mod process;
+mod procfs;
 mod script;
 pub mod tail;
 #[cfg(test)]
@@ -32,6 +35,7 @@ use futures_lite::future;
 use smol::Timer;
 
 use self::capture::{Capture, Captured};
+use self::host::{Host, Leftovers};
 use self::process::Group;
 pub use self::tail::Tail;
 use crate::ids::{FinalStatus, Ids, Stream};
@@ -40,6 +44,7 @@ use crate::limits::{ChunkBatch, LEFTOVER_PIPE_WAIT};
 /// One attempt, ready to run.
 #[derive(Debug, Clone)]
 pub struct Spec {
+    pub host: Rc<Host>,
     pub ids: Ids,
     /// Script text: run by its `#!` interpreter, or by `/bin/sh`.
     pub command: Vec<u8>,
@@ -176,7 +181,9 @@ pub async fn run(
             Timer::after(LEFTOVER_PIPE_WAIT).await;
         })
         .await;
-        group.kill();
+        if cause.is_some() || spec.host.leftovers == Leftovers::Kill {
+            group.end_leftovers().await;
+        }
         ended_at.set(Some(Instant::now()));
         drop(holding);
         cause
@@ -223,8 +230,7 @@ async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Ca
         true
     };
     if !future::or(obeyed, grace).await {
-        group.kill();
-        group.exited().await;
+        group.kill().await;
     }
     Some(cause)
 }

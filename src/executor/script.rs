@@ -18,6 +18,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Spec;
+use super::host::MARK;
 use super::process::Group;
 use crate::limits::ARGUMENT_BYTES_MAX;
 
@@ -73,6 +74,7 @@ fn start(spec: &Spec, script: Option<File>) -> Result<(Group, ChildStdout, Child
         command.env(name, std::env::var_os(name).unwrap_or(default.into()));
     }
     command
+        .env(MARK, spec.host.mark(spec.ids.key()))
         .env("HOSTLINK_TASK_ID", spec.ids.task.as_str())
         .env("HOSTLINK_ATTEMPT_ID", spec.ids.attempt.as_str())
         .stdin(Stdio::null())
@@ -86,7 +88,7 @@ fn start(spec: &Spec, script: Option<File>) -> Result<(Group, ChildStdout, Child
         format!("cannot run {program:.200}: {error}")
     })?;
     let pipes = child.stdout.take().zip(child.stderr.take());
-    let group = Group::new(child);
+    let group = Group::new(spec.host.clone(), spec.ids.key(), child);
     match pipes {
         Some((stdout, stderr)) => Ok((group, stdout, stderr)),
         None => Err("the task has no output pipes".to_owned()),

@@ -1,6 +1,7 @@
 //! The executor with real processes and a store that records, refuses or stalls.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use async_channel::Sender;
@@ -62,8 +63,17 @@ impl OutputStore for FakeStore {
     }
 }
 
+/// As another agent's for each caller: tests run at once and must not end each other's tasks.
+pub fn host(leftovers: Leftovers) -> Rc<Host> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let agent = format!("test-{}-{number}", std::process::id());
+    Rc::new(Host::new(&agent, leftovers))
+}
+
 pub fn spec(command: &str) -> Spec {
     Spec {
+        host: host(Leftovers::Kill),
         ids: Ids::new("task-1", "attempt-1").expect("short"),
         command: command.into(),
         timeout: None,
@@ -140,6 +150,7 @@ fn the_task_sees_its_environment_and_nothing_of_the_agent() {
             "HOME",
             "HOSTLINK_ATTEMPT_ID",
             "HOSTLINK_TASK_ID",
+            "HOSTLINK_TASK_MARK",
             "LANG",
             "PATH",
             "SHELL",
@@ -435,10 +446,11 @@ fn the_exit_is_noticed_without_a_pidfd() {
         .process_group(0)
         .spawn()
         .expect("starts");
-    let mut group = Group::with(child, None);
+    let spec = spec("");
+    let mut group = Group::with(spec.host.clone(), spec.ids.key(), child, None);
     smol::block_on(group.exited());
     let leader = Pid::from_raw(group.id() as i32).expect("not zero");
-    assert!(!members::has_living(leader));
+    assert_eq!(spec.host.living(leader, spec.ids.key()), []);
     assert_eq!(group.reap(), Cause::Exited(7));
 }
 

@@ -12,6 +12,7 @@ pub mod agent;
 pub mod http;
 pub mod link;
 pub mod log;
+pub mod processes;
 pub mod rules;
 pub mod seed;
 pub mod server;

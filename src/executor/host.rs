@@ -1,0 +1,223 @@
+//! What all tasks of an agent share: how their processes are marked, which run, and what becomes
+//! of those that outlive their shell.
+//!
+//! Every process of a task carries [`MARK`] in its environment: the agent (one state directory of
+//! one device) and the attempt. So an agent that was killed finds, at its next start, what its
+//! tasks have left behind, whoever has got their process ids since: the mark belongs to the
+//! process itself and not to a number that was noted.
+//!
+//! While it runs the agent is a child subreaper: what a task leaves behind without a parent
+//! becomes the agent's child. So everything that lives of a task is below the agent, also
+//! daemons that have left their group and session and have thrown their environment away.
+
+use std::cell::{Cell, RefCell};
+
+use log::warn;
+use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_subreaper, waitid};
+
+use super::ending;
+use super::procfs::{self, Process};
+use crate::ids::AttemptKey;
+use crate::limits::LEFTOVER_GRACE;
+
+/// The variable by which processes of tasks are known.
+pub const MARK: &str = "HOSTLINK_TASK_MARK";
+
+/// What becomes of processes that a task leaves behind when its shell ends by itself. A task that
+/// is ended from outside leaves nothing behind either way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Leftovers {
+    #[default]
+    Kill,
+    Keep,
+}
+
+#[derive(Debug, Default)]
+pub struct Host {
+    /// Names this agent among all of the device.
+    agent: String,
+    pub leftovers: Leftovers,
+    /// Orphans of tasks become children of this process.
+    adopts: Cell<bool>,
+    /// Nobody but tasks can have left children to this process.
+    adopts_only_own: Cell<bool>,
+    running: RefCell<Vec<(Pid, AttemptKey)>>,
+}
+
+impl Host {
+    /// `agent` is the same for every start on the same state, and for no other agent.
+    pub fn new(agent: &str, leftovers: Leftovers) -> Host {
+        Host {
+            agent: agent.to_owned(),
+            leftovers,
+            ..Host::default()
+        }
+    }
+
+    /// Makes this process the one that orphans of its tasks go to. Tasks are then to be started by
+    /// the main thread only.
+    pub fn adopt_orphans(&self) {
+        // Process 1 gets everybody's orphans. Others may have been left children by the program
+        // that they were before.
+        let has_strangers = getpid().as_raw_pid() == 1 || !procfs::children().is_empty();
+        match set_child_subreaper(Some(getpid())) {
+            Ok(()) => {
+                self.adopts.set(true);
+                self.adopts_only_own.set(!has_strangers);
+            }
+            Err(error) => warn!("orphans of tasks are found by their environment only: {error}"),
+        }
+    }
+
+    /// The value of [`MARK`] for a task.
+    pub fn mark(&self, key: AttemptKey) -> String {
+        format!("{}-{key}", self.agent)
+    }
+
+    pub(super) fn has_started(&self, leader: Pid, key: AttemptKey) {
+        self.running.borrow_mut().push((leader, key));
+    }
+
+    pub(super) fn has_ended(&self, leader: Pid) {
+        self.running.borrow_mut().retain(|(id, _)| *id != leader);
+    }
+
+    /// Collects orphans of tasks that have exited.
+    pub fn collect_adopted(&self) {
+        if !self.adopts.get() {
+            return;
+        }
+        for child in procfs::children() {
+            if child.is_dead && !self.is_leader(child.id) && !super::process::is_dropped(child.id) {
+                let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+                let _ = waitid(WaitId::Pid(child.id), options);
+            }
+        }
+    }
+
+    fn is_leader(&self, id: Pid) -> bool {
+        self.running
+            .borrow()
+            .iter()
+            .any(|(leader, _)| *leader == id)
+    }
+
+    /// Who is alive of a task that runs, or whose leader has not been collected yet.
+    pub(super) fn living(&self, leader: Pid, key: AttemptKey) -> Vec<Process> {
+        if self.adopts.get() {
+            let tops: Vec<Process> = procfs::children()
+                .into_iter()
+                .filter(|child| !child.is_dead && self.is_of(child, leader, key))
+                .collect();
+            if tops.is_empty() {
+                return Vec::new();
+            }
+            return with_descendants(tops, &procfs::all(), &[]);
+        }
+        let all = procfs::all();
+        let is_own =
+            |it: &Process| it.group == leader.as_raw_pid() || self.marked(it.id) == Some(key);
+        let tops = all
+            .iter()
+            .filter(|it| !it.is_dead && is_own(it))
+            .copied()
+            .collect();
+        with_descendants(tops, &all, &[])
+    }
+
+    /// Whether a child of the agent belongs to the task.
+    fn is_of(&self, child: &Process, leader: Pid, key: AttemptKey) -> bool {
+        if child.id == leader || child.group == leader.as_raw_pid() {
+            return true;
+        }
+        let running = self.running.borrow();
+        let is_of_another = |(id, _): &(Pid, AttemptKey)| {
+            *id != leader && (*id == child.id || id.as_raw_pid() == child.group)
+        };
+        if running.iter().any(is_of_another) {
+            return false;
+        }
+        match self.marked(child.id) {
+            Some(marked) => marked == key,
+            // Nothing tells whose it is. The last task that runs answers for it, unless it may be
+            // a stranger's or one that was to be kept.
+            None => {
+                running.len() <= 1
+                    && self.adopts_only_own.get()
+                    && self.leftovers == Leftovers::Kill
+            }
+        }
+    }
+
+    /// The attempt that a process belongs to, by its mark.
+    fn marked(&self, id: Pid) -> Option<AttemptKey> {
+        let prefix = format!("{MARK}={}-", self.agent);
+        let found = Cell::new(None);
+        procfs::environment_has(id, |entry| {
+            let key = entry
+                .strip_prefix(prefix.as_bytes())
+                .and_then(|key| AttemptKey::parse(std::str::from_utf8(key).ok()?));
+            if key.is_some() {
+                found.set(key);
+            }
+            key.is_some()
+        });
+        found.get()
+    }
+
+    /// Ends what tasks of an earlier life of this agent have left running: all of it, or with
+    /// [`Leftovers::Keep`] what belongs to `interrupted` attempts. To be called before any task is
+    /// started. Returns how many processes there were.
+    pub async fn end_old_tasks(&self, interrupted: &[AttemptKey]) -> usize {
+        // A task may have started this agent.
+        let spared = ancestors();
+        let look = || {
+            let all = procfs::all();
+            let is_old = |it: &Process| {
+                let is_spared = spared.contains(&it.id);
+                !it.is_dead
+                    && !is_spared
+                    && self.marked(it.id).is_some_and(|key| {
+                        self.leftovers == Leftovers::Kill || interrupted.contains(&key)
+                    })
+            };
+            let old = all.iter().filter(|it| is_old(it)).copied().collect();
+            with_descendants(old, &all, &spared)
+        };
+        let count = look().len();
+        ending::end(look, LEFTOVER_GRACE).await;
+        self.collect_adopted();
+        count
+    }
+}
+
+/// This process, its parent, and so on.
+fn ancestors() -> Vec<Pid> {
+    let mut found = vec![getpid()];
+    let mut next = getppid();
+    while let Some(id) = next
+        && !found.contains(&id)
+    {
+        found.push(id);
+        next = procfs::find(id).and_then(|it| Pid::from_raw(it.parent));
+    }
+    found
+}
+
+/// Adds the living descendants, but none of `spared` nor theirs.
+fn with_descendants(mut members: Vec<Process>, all: &[Process], spared: &[Pid]) -> Vec<Process> {
+    let mut next = 0;
+    while next < members.len() {
+        let parent = members[next].id.as_raw_pid();
+        let children = all
+            .iter()
+            .filter(|it| it.parent == parent && !it.is_dead && !spared.contains(&it.id));
+        for child in children {
+            if !members.iter().any(|it| it.id == child.id) {
+                members.push(*child);
+            }
+        }
+        next += 1;
+    }
+    members
+}
