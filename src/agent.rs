@@ -4,6 +4,7 @@
 //! - [`driver`]: the one loop that owns the session.
 //! - [`effects`]: what the session wants done, as tasks on the executor.
 //! - [`connection`]: one WebSocket connection and its frames.
+//! - [`task_host`]: what tasks run in, and what is left of old ones.
 //! - [`task`]: one attempt from "about to start" to its stored final.
 //! - [`report`]: finals over HTTP.
 //! - [`frames`]: what is stored, as the wire wants it.
@@ -21,6 +22,7 @@ mod report;
 mod startup;
 pub mod status;
 mod task;
+mod task_host;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -35,6 +37,7 @@ use crate::executor::host::Host;
 use crate::{net, outbox};
 
 pub use self::startup::run;
+pub use crate::executor::setup::{COMMAND as TASK_HELPER, run as exec_task};
 
 /// What tasks on the executor need.
 struct Context {

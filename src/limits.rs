@@ -76,6 +76,24 @@ pub const PROCESSES_SEEN_MAX: usize = 16 * KIB;
 /// What is read of a process's environment.
 pub const ENVIRONMENT_BYTES_READ: u64 = MIB as u64;
 
+/// Added to the agent's `oom_score_adj` for its tasks: as if they held half of the memory more.
+pub const OOM_SCORE_OF_TASKS: i32 = 500;
+pub const OOM_SCORE_MAX: i32 = 1000;
+
+/// The lowest priority of the scheduler (`HOSTLINK_TASK_NICE`).
+pub const NICE_MAX: u8 = 19;
+/// Less memory than this starts no shell (`HOSTLINK_TASK_MEMORY_MAX`).
+pub const TASK_MEMORY_MIN: u64 = MIB as u64;
+/// Processes of a task: more than `PID_MAX_LIMIT` of Linux cannot be (`HOSTLINK_TASK_PIDS_MAX`).
+pub const TASK_PIDS_MAX: u64 = 4 * MIB as u64;
+/// Percent of one CPU: a thousand CPUs (`HOSTLINK_TASK_CPU_MAX`).
+pub const TASK_CPU_MAX: u64 = 100_000;
+
+/// What is read of `/etc/passwd` and of `/etc/group`; entries behind it are not found.
+pub const ACCOUNT_FILE_BYTES_MAX: u64 = MIB as u64;
+/// Supplementary groups that a task gets (`NGROUPS_MAX` of old kernels).
+pub const GROUPS_MAX: usize = 32;
+
 /// A task that is dropped while it runs is killed and waited for in place, this many times
 /// [`GROUP_POLL_INTERVAL_MIN`] at most: the thread stands still meanwhile.
 pub const DROPPED_TASK_LOOKS: u32 = 5;

@@ -11,10 +11,9 @@ use smol::{LocalExecutor, Timer};
 
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
-use super::{Context, boot_time, status};
+use super::{Context, boot_time, status, task_host};
 use crate::config::Config;
-use crate::executor::host::{Host, Leftovers};
-use crate::ids::{AttemptKey, Ids};
+use crate::executor::host::Host;
 use crate::limits::REGISTRATION_RETRY_MAX;
 use crate::net::{self, Identity, Url};
 use crate::outbox;
@@ -84,9 +83,11 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         config.control_plane_url
     );
     let (store, recovered) = outbox::open(outbox_settings(&config)).await;
-    let host = Rc::new(task_host(&config, identity.fingerprint()));
-    executor.spawn(collect_orphans(host.clone())).detach();
-    end_old_tasks(&host, &recovered).await;
+    let host = Rc::new(task_host::new(&config, identity.fingerprint()));
+    executor
+        .spawn(task_host::collect_orphans(host.clone()))
+        .detach();
+    task_host::end_old_tasks(&host, &recovered).await;
     for ids in &recovered.interrupted {
         warn!("task {ids}: interrupted, the agent or the device stopped while it ran");
     }
@@ -277,45 +278,6 @@ fn outbox_settings(config: &Config) -> outbox::Settings {
         terminal_reserve_bytes: config.terminal_reserve_bytes,
         final_output_bytes: config.final_output_bytes,
         index_checker: std::env::current_exe().ok(),
-    }
-}
-
-/// The host of this agent's tasks, named by what is its own for good: its device, its state and,
-/// where devices share a kernel, its processes.
-fn task_host(config: &Config, fingerprint: &str) -> Host {
-    let state = std::fs::canonicalize(&config.state_path);
-    let state = state.unwrap_or_else(|_| config.state_path.clone());
-    let processes = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
-    let name = format!("{} {}", state.display(), processes.display());
-    let leftovers = match config.task_leftovers_keep {
-        true => Leftovers::Keep,
-        false => Leftovers::Kill,
-    };
-    let host = Host::new(&AttemptKey::of(fingerprint, &name).to_string(), leftovers);
-    host.adopt_orphans();
-    host
-}
-
-/// Before anything is said about interrupted tasks, nothing of them is left.
-async fn end_old_tasks(host: &Host, recovered: &outbox::Recovered) {
-    let interrupted: Vec<AttemptKey> = recovered.interrupted.iter().map(Ids::key).collect();
-    match host.end_old_tasks(&interrupted).await {
-        0 => {}
-        count => warn!("ended {count} processes that tasks of an earlier start had left running"),
-    }
-}
-
-/// Collects what tasks have orphaned, as soon as it has exited.
-async fn collect_orphans(host: Rc<Host>) {
-    let mut exits = match Signals::new([Signal::Child]) {
-        Ok(exits) => exits,
-        Err(error) => {
-            warn!("orphans of tasks are collected when a task ends: {error}");
-            return;
-        }
-    };
-    while exits.next().await.is_some() {
-        host.collect_adopted();
     }
 }
 

@@ -17,8 +17,9 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_sub
 
 use super::ending;
 use super::procfs::{self, Process};
+use super::setup::Setup;
 use crate::ids::AttemptKey;
-use crate::limits::LEFTOVER_GRACE;
+use crate::limits::{LEFTOVER_GRACE, OOM_SCORE_MAX, OOM_SCORE_OF_TASKS};
 
 /// The variable by which processes of tasks are known.
 pub const MARK: &str = "HOSTLINK_TASK_MARK";
@@ -37,6 +38,7 @@ pub struct Host {
     /// Names this agent among all of the device.
     agent: String,
     pub leftovers: Leftovers,
+    pub setup: Setup,
     /// Orphans of tasks become children of this process.
     adopts: Cell<bool>,
     /// Nobody but tasks can have left children to this process.
@@ -46,10 +48,11 @@ pub struct Host {
 
 impl Host {
     /// `agent` is the same for every start on the same state, and for no other agent.
-    pub fn new(agent: &str, leftovers: Leftovers) -> Host {
+    pub fn new(agent: &str, leftovers: Leftovers, setup: Setup) -> Host {
         Host {
             agent: agent.to_owned(),
             leftovers,
+            setup,
             ..Host::default()
         }
     }
@@ -67,6 +70,21 @@ impl Host {
             }
             Err(error) => warn!("orphans of tasks are found by their environment only: {error}"),
         }
+    }
+
+    /// Starts a process that the kernel, short of memory, ends before this one: it inherits our
+    /// place in that order, so ours is changed meanwhile.
+    pub(super) fn as_first_victim<T>(&self, spawn: impl FnOnce() -> T) -> T {
+        const FILE: &str = "/proc/self/oom_score_adj";
+        let own = std::fs::read_to_string(FILE).ok();
+        let own: Option<i32> = own.and_then(|text| text.trim().parse().ok());
+        // Where it cannot be read, or set, tasks are as likely to be ended as the agent.
+        let Some(own) = own else { return spawn() };
+        let of_tasks = (own + OOM_SCORE_OF_TASKS).min(OOM_SCORE_MAX);
+        let _ = std::fs::write(FILE, of_tasks.to_string());
+        let spawned = spawn();
+        let _ = std::fs::write(FILE, own.to_string());
+        spawned
     }
 
     /// The value of [`MARK`] for a task.

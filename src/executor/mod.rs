@@ -2,6 +2,7 @@
 //! certain.
 //!
 //! - [`script`]: how the command becomes a process.
+//! - [`setup`], [`account`]: what is done in that process first: user, limits, place.
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`]: signals, exit and reaping.
@@ -12,6 +13,7 @@
 //! signals may be sent; sequences count from 1 without holes; no chunk is dropped while the store
 //! can come back.
 
+pub mod account;
 pub mod capture;
 mod ending;
 pub mod flush;
@@ -19,6 +21,7 @@ pub mod host;
 mod process;
 mod procfs;
 mod script;
+pub mod setup;
 pub mod tail;
 #[cfg(test)]
 mod tests;
@@ -37,6 +40,7 @@ use smol::Timer;
 use self::capture::{Capture, Captured};
 use self::host::{Host, Leftovers};
 use self::process::Group;
+use self::script::Started;
 pub use self::tail::Tail;
 use crate::ids::{FinalStatus, Ids, Stream};
 use crate::limits::{ChunkBatch, LEFTOVER_PIPE_WAIT};
@@ -151,7 +155,12 @@ pub async fn run(
 ) -> Ended {
     let begun = Instant::now();
     process::collect_dropped();
-    let (mut group, stdout, stderr) = match script::spawn(&spec) {
+    let Started {
+        mut group,
+        stdout,
+        stderr,
+        report,
+    } = match script::spawn(&spec) {
         Ok(started) => started,
         Err(why) => return not_started(why, begun),
     };
@@ -194,6 +203,8 @@ pub async fn run(
     )
     .await;
     let cause = cause.unwrap_or_else(|| group.reap());
+    let failed = report.as_ref().and_then(setup::read_report);
+    let cause = failed.map_or(cause, Cause::NotStarted);
     finish(cause, stdout, stderr, begun)
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use async_channel::Sender;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::setup::Setup;
 use super::*;
 use crate::limits::{CHUNK_BYTES_MAX, STORE_GIVE_UP};
 
@@ -68,7 +69,7 @@ pub fn host(leftovers: Leftovers) -> Rc<Host> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let agent = format!("test-{}-{number}", std::process::id());
-    Rc::new(Host::new(&agent, leftovers))
+    Rc::new(Host::new(&agent, leftovers, Setup::default()))
 }
 
 pub fn spec(command: &str) -> Spec {

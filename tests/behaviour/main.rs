@@ -31,6 +31,7 @@ mod runs_once;
 mod second_agent_exit_75;
 mod sigterm_stops_cleanly;
 mod storage_faults;
+mod task_surroundings;
 mod tls_private_ca;
 mod unknown_message_type;
 mod volatile_store;
