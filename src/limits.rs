@@ -76,6 +76,9 @@ pub const PROCESSES_SEEN_MAX: usize = 16 * KIB;
 /// What is read of a process's environment.
 pub const ENVIRONMENT_BYTES_READ: u64 = MIB as u64;
 
+/// Cgroups of one agent, or below that of one task, that are looked into.
+pub const CGROUPS_VISITED_MAX: usize = 1024;
+
 /// Added to the agent's `oom_score_adj` for its tasks: as if they held half of the memory more.
 pub const OOM_SCORE_OF_TASKS: i32 = 500;
 pub const OOM_SCORE_MAX: i32 = 1000;

@@ -96,7 +96,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         settings,
         identity,
         store: store.clone(),
-        host,
+        host: host.clone(),
         executor,
         inputs,
     };
@@ -107,6 +107,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     if let Some(context) = parts.register().or(stopped).await {
         Box::pin(serve(Rc::new(context), recovered, to_driver, begun)).await;
     }
+    host.close();
     store.close().await;
     info!("stopped");
     EXIT_OK

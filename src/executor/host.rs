@@ -11,10 +11,12 @@
 //! daemons that have left their group and session and have thrown their environment away.
 
 use std::cell::{Cell, RefCell};
+use std::path::PathBuf;
 
 use log::warn;
 use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_subreaper, waitid};
 
+use super::cgroup::{Bounds, Cgroups, Used};
 use super::ending;
 use super::procfs::{self, Process};
 use super::setup::Setup;
@@ -39,6 +41,7 @@ pub struct Host {
     agent: String,
     pub leftovers: Leftovers,
     pub setup: Setup,
+    cgroups: Option<Cgroups>,
     /// Orphans of tasks become children of this process.
     adopts: Cell<bool>,
     /// Nobody but tasks can have left children to this process.
@@ -72,6 +75,44 @@ impl Host {
         }
     }
 
+    /// Gives every task a cgroup of its own.
+    pub fn with_cgroups(self, cgroups: Cgroups) -> Host {
+        Host {
+            cgroups: Some(cgroups),
+            ..self
+        }
+    }
+
+    /// Makes the cgroup of a task, and returns the file by which it is entered. An error if there
+    /// is none although it was to bound the task.
+    pub(super) fn enter_cgroup(&self, key: AttemptKey) -> Result<Option<PathBuf>, String> {
+        let Some(cgroups) = &self.cgroups else {
+            return Ok(None);
+        };
+        match cgroups.make(key) {
+            Ok(leaf) => Ok(Some(leaf.procs())),
+            Err(why) if cgroups.bounds() == Bounds::default() => {
+                warn!("a task runs without a cgroup of its own: {why}");
+                Ok(None)
+            }
+            Err(why) => Err(format!("the task cannot be bounded: {why}")),
+        }
+    }
+
+    pub(super) fn kill_cgroup(&self, key: AttemptKey) {
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.leaf(key).kill();
+        }
+    }
+
+    /// After the end of a task.
+    pub(super) fn leave_cgroup(&self, key: AttemptKey) -> Option<Used> {
+        let leaf = self.cgroups.as_ref()?.leaf(key);
+        let used = leaf.used();
+        leaf.remove();
+        Some(used)
+    }
+
     /// Starts a process that the kernel, short of memory, ends before this one: it inherits our
     /// place in that order, so ours is changed meanwhile.
     pub(super) fn as_first_victim<T>(&self, spawn: impl FnOnce() -> T) -> T {
@@ -85,6 +126,13 @@ impl Host {
         let spawned = spawn();
         let _ = std::fs::write(FILE, own.to_string());
         spawned
+    }
+
+    /// Removes the cgroups that nobody lives in any more.
+    pub fn close(&self) {
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.close();
+        }
     }
 
     /// The value of [`MARK`] for a task.
@@ -122,6 +170,14 @@ impl Host {
 
     /// Who is alive of a task that runs, or whose leader has not been collected yet.
     pub(super) fn living(&self, leader: Pid, key: AttemptKey) -> Vec<Process> {
+        let mut living = self.living_below(leader, key);
+        if let Some(cgroups) = &self.cgroups {
+            add(&mut living, cgroups.leaf(key).living());
+        }
+        living
+    }
+
+    fn living_below(&self, leader: Pid, key: AttemptKey) -> Vec<Process> {
         if self.adopts.get() {
             let tops: Vec<Process> = procfs::children()
                 .into_iter()
@@ -189,22 +245,28 @@ impl Host {
     pub async fn end_old_tasks(&self, interrupted: &[AttemptKey]) -> usize {
         // A task may have started this agent.
         let spared = ancestors();
+        let is_meant =
+            |key: &AttemptKey| self.leftovers == Leftovers::Kill || interrupted.contains(key);
         let look = || {
             let all = procfs::all();
             let is_old = |it: &Process| {
                 let is_spared = spared.contains(&it.id);
-                !it.is_dead
-                    && !is_spared
-                    && self.marked(it.id).is_some_and(|key| {
-                        self.leftovers == Leftovers::Kill || interrupted.contains(&key)
-                    })
+                !it.is_dead && !is_spared && self.marked(it.id).is_some_and(|key| is_meant(&key))
             };
-            let old = all.iter().filter(|it| is_old(it)).copied().collect();
+            let mut old: Vec<Process> = all.iter().filter(|it| is_old(it)).copied().collect();
+            for cgroups in self.cgroups.iter() {
+                let leaves = cgroups.leaves().into_iter().filter(is_meant);
+                leaves.for_each(|key| add(&mut old, cgroups.leaf(key).living()));
+            }
+            old.retain(|it| !spared.contains(&it.id));
             with_descendants(old, &all, &spared)
         };
         let count = look().len();
         ending::end(look, LEFTOVER_GRACE).await;
-        self.collect_adopted();
+        for cgroups in self.cgroups.iter() {
+            let leaves = cgroups.leaves();
+            leaves.iter().for_each(|key| cgroups.leaf(*key).remove());
+        }
         count
     }
 }
@@ -230,12 +292,16 @@ fn with_descendants(mut members: Vec<Process>, all: &[Process], spared: &[Pid]) 
         let children = all
             .iter()
             .filter(|it| it.parent == parent && !it.is_dead && !spared.contains(&it.id));
-        for child in children {
-            if !members.iter().any(|it| it.id == child.id) {
-                members.push(*child);
-            }
-        }
+        add(&mut members, children.copied());
         next += 1;
     }
     members
+}
+
+fn add(members: &mut Vec<Process>, others: impl IntoIterator<Item = Process>) {
+    for other in others {
+        if !members.iter().any(|it| it.id == other.id) {
+            members.push(other);
+        }
+    }
 }

@@ -6,7 +6,7 @@
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`]: signals, exit and reaping.
-//! - [`host`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
+//! - [`host`], [`cgroup`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
 //! - [`timeout`]: the bound of its run time.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
@@ -15,6 +15,7 @@
 
 pub mod account;
 pub mod capture;
+pub mod cgroup;
 mod ending;
 pub mod flush;
 pub mod host;
@@ -116,6 +117,20 @@ pub struct Ended {
     /// Chunks that the store did not take in [`crate::limits::STORE_GIVE_UP`] after the end.
     pub chunks_given_up: u64,
     pub wall: Duration,
+    pub usage: Usage,
+    /// The kernel has killed in this task for want of memory.
+    pub out_of_memory: bool,
+}
+
+/// What a task has used: all of it where it has a cgroup, else its shell and what the shell has
+/// waited for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub user: Duration,
+    pub system: Duration,
+    /// Never less than what the agent held when it started the task: the kernel counts what a
+    /// process was before it became another program.
+    pub memory_peak_bytes: u64,
 }
 
 impl Ended {
@@ -133,6 +148,14 @@ impl Ended {
 
     /// Why it failed, `None` if it did not (PROTOCOL.md 4.9).
     pub fn reason(&self) -> Option<String> {
+        let reason = self.cause_of_failure()?;
+        Some(match self.out_of_memory {
+            true => format!("{reason}: out of memory, the kernel killed it"),
+            false => reason,
+        })
+    }
+
+    fn cause_of_failure(&self) -> Option<String> {
         match &self.cause {
             Cause::Exited(0) => None,
             Cause::Exited(code) => Some(format!("exit status {code}")),
@@ -162,7 +185,10 @@ pub async fn run(
         report,
     } = match script::spawn(&spec) {
         Ok(started) => started,
-        Err(why) => return not_started(why, begun),
+        Err(why) => {
+            spec.host.leave_cgroup(spec.ids.key());
+            return not_started(why, begun);
+        }
     };
     on_started(group.id());
 
@@ -202,10 +228,23 @@ pub async fn run(
         future::zip(out.run(stdout, store), err.run(stderr, store)),
     )
     .await;
-    let cause = cause.unwrap_or_else(|| group.reap());
+    let (status, usage) = group.reap();
     let failed = report.as_ref().and_then(setup::read_report);
-    let cause = failed.map_or(cause, Cause::NotStarted);
-    finish(cause, stdout, stderr, begun)
+    let cause = failed.map_or(cause.unwrap_or(status), Cause::NotStarted);
+    let in_cgroup = spec.host.leave_cgroup(spec.ids.key());
+    let mut ended = finish(cause, stdout, stderr, begun);
+    ended.usage = usage;
+    if let Some(used) = in_cgroup {
+        ended.out_of_memory = used.out_of_memory;
+        if let Some((user, system)) = used.user_and_system {
+            ended.usage.user = user;
+            ended.usage.system = system;
+        }
+        // What the kernel counts there holds file pages, too, so the larger is the truth.
+        let peak = used.memory_peak_bytes.unwrap_or(0);
+        ended.usage.memory_peak_bytes = ended.usage.memory_peak_bytes.max(peak);
+    }
+    ended
 }
 
 /// Waits for the end of the shell, or brings it about. `None`: it ended by itself.
@@ -263,5 +302,7 @@ fn finish(cause: Cause, stdout: Captured, stderr: Captured, begun: Instant) -> E
         stdout: stdout.tail,
         stderr: stderr.tail,
         wall: begun.elapsed(),
+        usage: Usage::default(),
+        out_of_memory: false,
     }
 }

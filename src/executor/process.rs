@@ -18,10 +18,11 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 use smol::Timer;
+use wait4::Wait4;
 
 use super::host::Host;
 use super::procfs::Process;
-use super::{Cause, ending};
+use super::{Cause, Usage, ending};
 use crate::ids::AttemptKey;
 use crate::limits::{
     DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MIN, LEFTOVER_GRACE,
@@ -102,6 +103,7 @@ impl Group {
     /// Kills everybody, and waits until they are gone and the leader has exited.
     pub async fn kill(&self) {
         self.signal_group(Signal::KILL);
+        self.host.kill_cgroup(self.key);
         ending::kill(|| self.living()).await;
         self.exited().await;
     }
@@ -123,20 +125,27 @@ impl Group {
     }
 
     /// Collects the exit status of the leader, which must have exited.
-    pub fn reap(&mut self) -> Cause {
-        let status = self.child.wait();
+    pub fn reap(&mut self) -> (Cause, Usage) {
+        let ended = self.child.wait4();
         self.reaped = true;
         self.host.has_ended(self.leader);
         self.host.collect_adopted();
-        match status {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => Cause::Exited(code),
-                (None, Some(signal)) => Cause::Signalled(signal),
-                (None, None) => Cause::Signalled(0),
-            },
+        match ended {
+            Ok(ended) => {
+                let cause = match (ended.status.code(), ended.status.signal()) {
+                    (Some(code), _) => Cause::Exited(code),
+                    (None, signal) => Cause::Signalled(signal.unwrap_or(0)),
+                };
+                let usage = Usage {
+                    user: ended.rusage.utime,
+                    system: ended.rusage.stime,
+                    memory_peak_bytes: ended.rusage.maxrss,
+                };
+                (cause, usage)
+            }
             Err(error) => {
                 warn!("the exit status of process {} is lost: {error}", self.id());
-                Cause::Signalled(0)
+                (Cause::Signalled(0), Usage::default())
             }
         }
     }
@@ -148,6 +157,7 @@ impl Drop for Group {
             return;
         }
         self.signal_group(Signal::KILL);
+        self.host.kill_cgroup(self.key);
         for member in self.living() {
             member.signal(Signal::KILL);
         }

@@ -72,7 +72,7 @@ fn start(spec: &Spec, script: Option<File>) -> Result<Started, String> {
     let steps = Steps {
         setup: setup.clone(),
         account,
-        cgroup: None,
+        cgroup: spec.host.enter_cgroup(spec.ids.key())?,
     };
     let report = (!steps.is_empty()).then(setup::report_file).flatten();
     let mut command = match steps.is_empty() {
@@ -212,7 +212,7 @@ mod tests {
             let mut text = String::new();
             task.stdout.read_to_string(&mut text).expect("text");
             assert_eq!(text, expected, "{command:?}");
-            assert_eq!(task.group.reap(), crate::executor::Cause::Exited(0));
+            assert_eq!(task.group.reap().0, crate::executor::Cause::Exited(0));
         };
         check("echo $0", "/bin/sh\n");
         check("#!/bin/sh -e\ncase $- in *e*) echo stops;; esac", "stops\n");

@@ -40,6 +40,15 @@ impl AgentLog {
     }
 }
 
+impl AgentLog {
+    /// What stands behind `part` in the first line that has it.
+    pub fn part_after(&self, part: &str) -> Option<String> {
+        let lines = lock(&self.lines);
+        let found = lines.iter().find_map(|line| line.split_once(part));
+        found.map(|(_, rest)| rest.to_owned())
+    }
+}
+
 struct Process {
     pid: Pid,
     ended: Receiver<ExitStatus>,
@@ -98,6 +107,8 @@ impl Agent {
             ("HOSTLINK_HEARTBEAT_INTERVAL", "0"),
             ("HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY", "50ms"),
             ("HOSTLINK_LOG", "debug"),
+            // An agent that is killed leaves its cgroup behind; those who test them clean up.
+            ("HOSTLINK_TASK_CGROUP", "off"),
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"),
             ("HOME", "/"),
             ("LANG", "C.UTF-8"),
