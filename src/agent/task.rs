@@ -115,6 +115,7 @@ async fn execute(
             threshold: config.flush_threshold,
         },
         tail_bytes: config.final_output_bytes,
+        output_max: config.task_output_max,
     };
     let store = TaskStore {
         context,
@@ -140,6 +141,9 @@ async fn execute(
     match ended.reason() {
         None => info!("task {ids}: completed after {seconds:.1} s{used}"),
         Some(reason) => info!("task {ids}: ended after {seconds:.1} s{used}: {reason}"),
+    }
+    if ended.is_cut {
+        warn!("task {ids}: it printed more than HOSTLINK_TASK_OUTPUT_MAX, the rest is not kept");
     }
     if ended.chunks_given_up > 0 {
         error!(
@@ -342,6 +346,7 @@ mod tests {
                 truncated,
             },
             last_sequence: [0, 0],
+            is_cut: false,
             chunks_given_up: 0,
             wall: Duration::ZERO,
             usage: Usage::default(),

@@ -61,6 +61,8 @@ pub struct Spec {
     pub flush: Flush,
     /// What a final may carry of each stream.
     pub tail_bytes: usize,
+    /// Bytes of both streams that are stored; what comes later is read and dropped.
+    pub output_max: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -114,6 +116,8 @@ pub struct Ended {
     pub stderr: Tail,
     /// Chunks stored of each stream, indexed by [`Stream::index`].
     pub last_sequence: [u64; 2],
+    /// There was more output than [`Spec::output_max`].
+    pub is_cut: bool,
     /// Chunks that the store did not take in [`crate::limits::STORE_GIVE_UP`] after the end.
     pub chunks_given_up: u64,
     pub wall: Duration,
@@ -192,6 +196,7 @@ pub async fn run(
     };
     on_started(group.id());
 
+    let room = Cell::new(spec.output_max.unwrap_or(u64::MAX));
     let ended_at = Cell::new(None);
     let (reading, all_read) = async_channel::bounded(1);
     let (holding, let_go) = async_channel::bounded(1);
@@ -203,6 +208,7 @@ pub async fn run(
         ended_at: &ended_at,
         let_go: let_go.clone(),
         reading,
+        room: &room,
     };
     let out = capture(Stream::Stdout, reading.clone());
     let err = capture(Stream::Stderr, reading);
@@ -297,6 +303,7 @@ fn not_started(why: String, begun: Instant) -> Ended {
 fn finish(cause: Cause, stdout: Captured, stderr: Captured, begun: Instant) -> Ended {
     Ended {
         cause,
+        is_cut: stdout.is_cut || stderr.is_cut,
         last_sequence: [stdout.last_sequence, stderr.last_sequence],
         chunks_given_up: stdout.chunks_given_up + stderr.chunks_given_up,
         stdout: stdout.tail,

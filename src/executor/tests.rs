@@ -84,6 +84,7 @@ pub fn spec(command: &str) -> Spec {
             threshold: CHUNK_BYTES_MAX,
         },
         tail_bytes: 1024,
+        output_max: None,
     }
 }
 
@@ -463,6 +464,7 @@ fn output_is_given_up_when_the_store_stays_away_after_the_end() {
     let ended_at = Cell::new(Some(long_ago.expect("the machine is up for a minute")));
     let (_holding, let_go) = async_channel::bounded(1);
     let (reading, _all_read) = async_channel::bounded(1);
+    let room = Cell::new(u64::MAX);
     let capture = Capture {
         stream: Stream::Stdout,
         flush: Flush {
@@ -474,6 +476,7 @@ fn output_is_given_up_when_the_store_stays_away_after_the_end() {
         ended_at: &ended_at,
         let_go,
         reading,
+        room: &room,
     };
     let (pipe, mut writer) = std::io::pipe().expect("a pipe");
     let text = vec![b'x'; 3 * CHUNK_BYTES_MAX];
@@ -543,4 +546,66 @@ fn dropping_a_running_task_kills_its_group_and_leaves_no_zombie() {
         process::collect_dropped();
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn output_over_the_bound_is_drained_and_the_tail_goes_on() {
+    let store = FakeStore::default();
+    let spec = Spec {
+        output_max: Some(100_001),
+        ..spec("seq 1 200000; seq 1 200000 >&2; printf '\u{20ac}end'; exit 4")
+    };
+    let ended = run_spec(spec, &store);
+    assert_eq!(ended.cause, Cause::Exited(4));
+    let stored = store.bytes(Stream::Stdout).len() + store.bytes(Stream::Stderr).len();
+    assert_eq!(stored, 100_001);
+    assert!(ended.is_cut && ended.stdout.truncated && ended.stderr.truncated);
+    assert!(
+        ended
+            .stdout
+            .bytes
+            .ends_with("200000\n\u{20ac}end".as_bytes())
+    );
+    assert!(ended.stderr.bytes.ends_with(b"200000\n"));
+}
+
+#[test]
+fn a_stalled_store_does_not_hold_a_task_whose_output_is_cut() {
+    let store = FakeStore::default();
+    let (gate, tokens) = async_channel::bounded(1);
+    *store.gate.borrow_mut() = Some(tokens);
+    let spec = Spec {
+        output_max: Some(50_000),
+        ..spec("head -c 20000000 /dev/zero; echo drained >&2")
+    };
+    let (_stop, controls) = controls();
+    let (started, is_started) = async_channel::bounded(1);
+    let running = run(spec, &store, controls, |pid| {
+        started.try_send(pid).expect("first start")
+    });
+    let watching = async {
+        let pid = is_started.recv().await.expect("started");
+        let stat = format!("/proc/{pid}/stat");
+        let is_over = || std::fs::read_to_string(&stat).is_ok_and(|text| text.contains(") Z "));
+        while !is_over() {
+            Timer::after(Duration::from_millis(1)).await;
+        }
+        drop(gate);
+    };
+    let (ended, ()) = smol::block_on(future::zip(running, watching));
+    assert_eq!(ended.cause, Cause::Exited(0));
+    assert_eq!(store.bytes(Stream::Stdout).len(), 50_000);
+    assert!(ended.is_cut);
+}
+
+#[test]
+fn a_cut_falls_between_characters() {
+    let store = FakeStore::default();
+    let spec = Spec {
+        output_max: Some(10),
+        ..spec("printf '\u{20ac}\u{20ac}\u{20ac}\u{20ac}\u{20ac}'")
+    };
+    let ended = run_spec(spec, &store);
+    assert_eq!(store.text(Stream::Stdout), "\u{20ac}\u{20ac}\u{20ac}");
+    assert!(ended.stdout.truncated && !ended.stderr.truncated);
 }
