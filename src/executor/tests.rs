@@ -609,3 +609,42 @@ fn a_cut_falls_between_characters() {
     assert_eq!(store.text(Stream::Stdout), "\u{20ac}\u{20ac}\u{20ac}");
     assert!(ended.stdout.truncated && !ended.stderr.truncated);
 }
+
+#[test]
+fn a_task_whose_pipe_is_full_is_ended_while_the_store_stalls() {
+    let store = FakeStore::default();
+    let (gate, tokens) = async_channel::bounded(1);
+    *store.gate.borrow_mut() = Some(tokens);
+    let spec = Spec {
+        timeout: Some(Duration::from_millis(300)),
+        ..spec("trap '' TERM; yes 0123456789abcdef & yes >&2")
+    };
+    let (_stop, controls) = controls();
+    let (started, is_started) = async_channel::bounded(1);
+    let running = run(spec, &store, controls, |pid| {
+        started.try_send(pid).expect("first start")
+    });
+    let watching = async {
+        let pid = is_started.recv().await.expect("started");
+        let leader = Pid::from_raw(pid as i32).expect("not zero");
+        let is_over = || {
+            let group = procfs::all();
+            let mut group = group.iter().filter(|it| it.group == leader.as_raw_pid());
+            group.all(|it| it.is_dead)
+        };
+        while !is_over() {
+            Timer::after(Duration::from_millis(5)).await;
+        }
+        let stalled = store.appends.get() == 0;
+        drop(gate);
+        stalled
+    };
+    let (ended, stalled) = smol::block_on(future::zip(running, watching));
+    assert!(stalled, "the group was ended before the store went on");
+    assert!(matches!(ended.cause, Cause::TimedOut(_)), "{ended:?}");
+    assert!(
+        store
+            .bytes(Stream::Stdout)
+            .starts_with(b"0123456789abcdef\n")
+    );
+}

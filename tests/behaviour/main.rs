@@ -21,6 +21,7 @@ mod kill_nine_leaves_no_process;
 mod kill_nine_prefix;
 mod no_process_is_left;
 mod null_directives;
+mod odd_tasks;
 mod poison_message;
 mod polling_gate;
 mod reconnect_replays_same_messages;
