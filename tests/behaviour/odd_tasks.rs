@@ -87,7 +87,10 @@ fn a_gibibyte_passes_by_a_bounded_capture() {
     server.check_eq(truncated, Some(true), "flag");
     agent.wait_line("HOSTLINK_TASK_OUTPUT_MAX");
     let grown = agent.peak_resident_kib().saturating_sub(before);
-    server.check(grown < 8 * 1024, &format!("{grown} KiB more resident than {before}"));
+    server.check(
+        grown < 8 * 1024,
+        &format!("{grown} KiB more resident than {before}"),
+    );
 }
 
 /// Others keep their pace beside a task that writes without pause.
