@@ -67,6 +67,9 @@ pub const LEFTOVER_GRACE: Duration = Duration::from_millis(500);
 /// A killed process that is still there after this hangs in the kernel, and is not waited for.
 pub const KILL_PATIENCE: Duration = Duration::from_secs(2);
 
+/// From the exit of an orphan of a task to its collection.
+pub const COLLECT_DELAY: Duration = Duration::from_millis(100);
+
 /// Looks for processes that are not stopped yet, before those that are get killed.
 pub const STOP_ROUNDS_MAX: usize = 50;
 

@@ -4,8 +4,9 @@
 use std::rc::Rc;
 
 use async_signal::{Signal, Signals};
-use futures_lite::StreamExt;
+use futures_lite::{StreamExt, future};
 use log::{error, info, warn};
+use smol::Timer;
 
 use crate::config::Config;
 use crate::executor::account::Account;
@@ -13,6 +14,7 @@ use crate::executor::cgroup::{Bounds, Cgroups};
 use crate::executor::host::{Host, Leftovers};
 use crate::executor::setup::Setup;
 use crate::ids::{AttemptKey, Ids};
+use crate::limits::COLLECT_DELAY;
 use crate::outbox;
 
 /// The host of this agent's tasks, named by what is its own for good: its device, its state and,
@@ -123,7 +125,7 @@ pub async fn end_old_tasks(host: &Host, recovered: &outbox::Recovered) {
     }
 }
 
-/// Collects what tasks have orphaned, as soon as it has exited.
+/// Collects what tasks have orphaned, soon after it has exited.
 pub async fn collect_orphans(host: Rc<Host>) {
     let mut exits = match Signals::new([Signal::Child]) {
         Ok(exits) => exits,
@@ -133,6 +135,9 @@ pub async fn collect_orphans(host: Rc<Host>) {
         }
     };
     while exits.next().await.is_some() {
+        // Those that exit together are collected together: each look reads about all children.
+        Timer::after(COLLECT_DELAY).await;
+        while let Some(Some(_)) = future::poll_once(exits.next()).await {}
         host.collect_adopted();
     }
 }

@@ -1,9 +1,11 @@
 //! Ends a set of processes for certain, whoever is in it by then.
 //!
-//! The set is asked for again and again (`look`), since its members start others meanwhile. Before
-//! KILL everybody is stopped: a process that is stopped starts no other, so that also those that
-//! fork faster than they are found come to an end.
+//! The set is asked for again and again, since its members start others meanwhile. Before anybody
+//! is ended everybody is stopped: a process that is stopped starts no other and leaves no child
+//! behind without a trace, so that also those that fork faster than they are found come to an end.
+//! Whoever was seen in the set once stays in it, even if nothing tells it any more.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use futures_lite::future;
@@ -16,103 +18,119 @@ use crate::limits::{
     GROUP_POLL_INTERVAL_MAX, GROUP_POLL_INTERVAL_MIN, KILL_PATIENCE, STOP_ROUNDS_MAX,
 };
 
-/// TERM, up to `grace`, KILL. Returns when nobody is left, or nobody who can be killed.
-pub async fn end(look: impl Fn() -> Vec<Process>, grace: Duration) {
-    let members = look();
-    if members.is_empty() {
-        return;
-    }
-    terminate(&members);
-    if !gone_within(&look, grace).await {
-        kill(&look).await;
-    }
+/// Processes that are being ended. `look` gets those that were found before, and returns those of
+/// them and of the set that are alive.
+pub struct Hunt<L> {
+    look: L,
+    known: Vec<Process>,
 }
 
-pub fn terminate(members: &[Process]) {
-    for member in members {
-        member.signal(Signal::TERM);
-        // A stopped process takes no signal but KILL before it goes on.
-        if member.is_stopped {
-            member.signal(Signal::CONT);
+impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
+    pub fn new(look: L) -> Hunt<L> {
+        let known = Vec::new();
+        Hunt { look, known }
+    }
+
+    /// Who is alive now.
+    pub fn look(&mut self) -> &[Process] {
+        self.known = (self.look)(&self.known);
+        &self.known
+    }
+
+    /// TERM, up to `grace`, KILL. Returns how many there were, when nobody is left, or nobody who
+    /// can be killed.
+    pub async fn end(mut self, grace: Duration) -> usize {
+        if self.look().is_empty() {
+            return 0;
+        }
+        self.stop().await;
+        let count = self.known.len();
+        self.terminate();
+        if !self.gone_within(grace).await {
+            self.kill().await;
+        }
+        count
+    }
+
+    /// TERM to all that were found.
+    pub fn terminate(&self) {
+        for member in &self.known {
+            member.signal(Signal::TERM);
+            // A stopped process takes no signal but KILL before it goes on.
+            if member.is_stopped {
+                member.signal(Signal::CONT);
+            }
         }
     }
-}
 
-/// Whether nobody is left in this time.
-pub async fn gone_within(look: impl Fn() -> Vec<Process>, time: Duration) -> bool {
-    let gone = async {
-        gone(&look).await;
-        true
-    };
-    let late = async {
-        Timer::after(time).await;
-        false
-    };
-    future::or(gone, late).await
-}
-
-/// Waits until nobody is left.
-pub async fn gone(look: impl Fn() -> Vec<Process>) {
-    let mut pause = GROUP_POLL_INTERVAL_MIN;
-    while !look().is_empty() {
-        Timer::after(pause).await;
-        pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
+    /// Whether nobody is left in this time.
+    async fn gone_within(&mut self, time: Duration) -> bool {
+        let gone = async {
+            self.gone().await;
+            true
+        };
+        future::or(gone, after(time)).await
     }
-}
 
-/// KILL, until nobody is left. One that sleeps where no signal reaches it is given up after
-/// [`KILL_PATIENCE`]: it ends when the kernel lets it.
-pub async fn kill(look: impl Fn() -> Vec<Process>) {
-    let ended = async {
-        kill_all(&look).await;
-        true
-    };
-    let late = async {
-        Timer::after(KILL_PATIENCE).await;
-        false
-    };
-    if !future::or(ended, late).await {
-        let left = look();
-        if let Some(one) = left.first() {
-            warn!(
-                "{} processes of a task do not die, process {} is one of them; they hang in the \
-                 kernel",
-                left.len(),
-                one.id.as_raw_pid()
-            );
+    /// Waits until nobody is left.
+    pub async fn gone(&mut self) {
+        let mut pause = GROUP_POLL_INTERVAL_MIN;
+        while !self.look().is_empty() {
+            Timer::after(pause).await;
+            pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
         }
     }
-}
 
-async fn kill_all(look: impl Fn() -> Vec<Process>) {
-    let mut pause = GROUP_POLL_INTERVAL_MIN;
-    loop {
-        let mut stopped: Vec<Process> = Vec::new();
-        let mut members = look();
+    /// Stops everybody, until a look finds nobody else.
+    async fn stop(&mut self) {
+        let mut stopped = HashSet::new();
         for _ in 0..STOP_ROUNDS_MAX {
-            let is_new = |it: &&Process| {
-                !stopped
-                    .iter()
-                    .any(|known| known.id == it.id && known.started == it.started)
-            };
-            let new: Vec<Process> = members.iter().filter(is_new).copied().collect();
-            if new.is_empty() {
-                break;
+            let mut new = self.look().to_vec();
+            let has_stopped = new.iter().all(|it| it.is_stopped);
+            new.retain(|it| stopped.insert((it.id, it.started)));
+            if new.is_empty() && has_stopped {
+                return;
             }
             for member in &new {
                 member.signal(Signal::STOP);
             }
-            stopped.extend(new);
             future::yield_now().await;
-            members = look();
         }
-        if members.is_empty() {
+    }
+
+    /// KILL, until nobody is left. One that sleeps where no signal reaches it is given up after
+    /// [`KILL_PATIENCE`]: it ends when the kernel lets it.
+    pub async fn kill(&mut self) {
+        let ended = async {
+            self.kill_all().await;
+            true
+        };
+        if future::or(ended, after(KILL_PATIENCE)).await {
             return;
         }
-        for member in &members {
-            member.signal(Signal::KILL);
+        if let [one, others @ ..] = self.look() {
+            warn!(
+                "process {} of a task does not die, it hangs in the kernel; and {} others",
+                one.id.as_raw_pid(),
+                others.len()
+            );
         }
-        Timer::after(pause).await;
-        pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
     }
+
+    async fn kill_all(&mut self) {
+        let mut pause = GROUP_POLL_INTERVAL_MIN;
+        while !self.look().is_empty() {
+            self.stop().await;
+            for member in &self.known {
+                member.signal(Signal::KILL);
+            }
+            Timer::after(pause).await;
+            pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
+        }
+    }
+}
+
+async fn after(time: Duration) -> bool {
+    Timer::after(time).await;
+    false
 }

@@ -11,13 +11,14 @@
 //! daemons that have left their group and session and have thrown their environment away.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use log::warn;
 use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_subreaper, waitid};
 
 use super::cgroup::{Bounds, Cgroups, Used};
-use super::ending;
+use super::ending::Hunt;
 use super::procfs::{self, Process};
 use super::setup::Setup;
 use crate::ids::AttemptKey;
@@ -168,35 +169,38 @@ impl Host {
             .any(|(leader, _)| *leader == id)
     }
 
-    /// Who is alive of a task that runs, or whose leader has not been collected yet.
-    pub(super) fn living(&self, leader: Pid, key: AttemptKey) -> Vec<Process> {
-        let mut living = self.living_below(leader, key);
-        if let Some(cgroups) = &self.cgroups {
-            add(&mut living, cgroups.leaf(key).living());
-        }
-        living
+    /// The processes of a task that runs, or whose leader has not been collected yet.
+    pub(super) fn hunt(
+        &self,
+        leader: Pid,
+        key: AttemptKey,
+    ) -> Hunt<impl Fn(&[Process]) -> Vec<Process>> {
+        Hunt::new(move |known| self.living(leader, key, known))
     }
 
-    fn living_below(&self, leader: Pid, key: AttemptKey) -> Vec<Process> {
+    /// Who is alive of a task, and of those who were before.
+    pub(super) fn living(&self, leader: Pid, key: AttemptKey, known: &[Process]) -> Vec<Process> {
+        let mut tops = match &self.cgroups {
+            Some(cgroups) => cgroups.leaf(key).living(),
+            None => Vec::new(),
+        };
         if self.adopts.get() {
-            let tops: Vec<Process> = procfs::children()
-                .into_iter()
-                .filter(|child| !child.is_dead && self.is_of(child, leader, key))
-                .collect();
-            if tops.is_empty() {
-                return Vec::new();
+            let mut children = procfs::children();
+            children.retain(|child| !child.is_dead && self.is_of(child, leader, key));
+            tops.extend(children);
+            if tops.is_empty() && known.is_empty() {
+                return tops;
             }
-            return with_descendants(tops, &procfs::all(), &[]);
         }
         let all = procfs::all();
-        let is_own =
-            |it: &Process| it.group == leader.as_raw_pid() || self.marked(it.id) == Some(key);
-        let tops = all
-            .iter()
-            .filter(|it| !it.is_dead && is_own(it))
-            .copied()
-            .collect();
-        with_descendants(tops, &all, &[])
+        if !self.adopts.get() {
+            let group = leader.as_raw_pid();
+            let is_own = |it: &&Process| {
+                !it.is_dead && (it.group == group || self.marked(it.id) == Some(key))
+            };
+            tops.extend(all.iter().filter(is_own));
+        }
+        family(tops, known, &all, &[])
     }
 
     /// Whether a child of the agent belongs to the task.
@@ -247,7 +251,7 @@ impl Host {
         let spared = ancestors();
         let is_meant =
             |key: &AttemptKey| self.leftovers == Leftovers::Kill || interrupted.contains(key);
-        let look = || {
+        let look = |known: &[Process]| {
             let all = procfs::all();
             let is_old = |it: &Process| {
                 let is_spared = spared.contains(&it.id);
@@ -256,13 +260,11 @@ impl Host {
             let mut old: Vec<Process> = all.iter().filter(|it| is_old(it)).copied().collect();
             for cgroups in self.cgroups.iter() {
                 let leaves = cgroups.leaves().into_iter().filter(is_meant);
-                leaves.for_each(|key| add(&mut old, cgroups.leaf(key).living()));
+                leaves.for_each(|key| old.extend(cgroups.leaf(key).living()));
             }
-            old.retain(|it| !spared.contains(&it.id));
-            with_descendants(old, &all, &spared)
+            family(old, known, &all, &spared)
         };
-        let count = look().len();
-        ending::end(look, LEFTOVER_GRACE).await;
+        let count = Hunt::new(look).end(LEFTOVER_GRACE).await;
         for cgroups in self.cgroups.iter() {
             let leaves = cgroups.leaves();
             leaves.iter().for_each(|key| cgroups.leaf(*key).remove());
@@ -284,24 +286,28 @@ fn ancestors() -> Vec<Pid> {
     found
 }
 
-/// Adds the living descendants, but none of `spared` nor theirs.
-fn with_descendants(mut members: Vec<Process>, all: &[Process], spared: &[Pid]) -> Vec<Process> {
+/// Those found now and those known before, as far as they are alive, with all their descendants;
+/// but none of `spared`, nor what descends from them alone.
+fn family(found: Vec<Process>, known: &[Process], all: &[Process], spared: &[Pid]) -> Vec<Process> {
+    let known: HashSet<(Pid, u64)> = known.iter().map(|it| (it.id, it.started)).collect();
+    let is_known = |it: &&Process| known.contains(&(it.id, it.started));
+    let mut living: Vec<&Process> = all.iter().filter(|it| !it.is_dead).collect();
+    let mut met: HashSet<Pid> = spared.iter().copied().collect();
+    let mut members = found;
+    members.extend(living.iter().copied().filter(is_known));
+    members.retain(|it| met.insert(it.id));
+    living.sort_unstable_by_key(|it| it.parent);
     let mut next = 0;
     while next < members.len() {
         let parent = members[next].id.as_raw_pid();
-        let children = all
-            .iter()
-            .filter(|it| it.parent == parent && !it.is_dead && !spared.contains(&it.id));
-        add(&mut members, children.copied());
+        let first = living.partition_point(|it| it.parent < parent);
+        let children = living[first..].iter().take_while(|it| it.parent == parent);
+        for child in children {
+            if met.insert(child.id) {
+                members.push(**child);
+            }
+        }
         next += 1;
     }
     members
-}
-
-fn add(members: &mut Vec<Process>, others: impl IntoIterator<Item = Process>) {
-    for other in others {
-        if !members.iter().any(|it| it.id == other.id) {
-            members.push(other);
-        }
-    }
 }

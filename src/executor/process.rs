@@ -20,9 +20,10 @@ use rustix::process::{
 use smol::Timer;
 use wait4::Wait4;
 
+use super::ending::Hunt;
 use super::host::Host;
 use super::procfs::Process;
-use super::{Cause, Usage, ending};
+use super::{Cause, Usage};
 use crate::ids::AttemptKey;
 use crate::limits::{
     DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MIN, LEFTOVER_GRACE,
@@ -91,30 +92,32 @@ impl Group {
     /// Waits until the leader has exited and nobody else of the task is alive.
     pub async fn ended(&self) {
         self.exited().await;
-        ending::gone(|| self.living()).await;
+        self.hunt().gone().await;
     }
 
     pub fn terminate(&self) {
         self.signal_group(Signal::TERM);
         // Whoever is in the group has it twice, which is the same as once.
-        ending::terminate(&self.living());
+        let mut hunt = self.hunt();
+        hunt.look();
+        hunt.terminate();
     }
 
     /// Kills everybody, and waits until they are gone and the leader has exited.
     pub async fn kill(&self) {
         self.signal_group(Signal::KILL);
         self.host.kill_cgroup(self.key);
-        ending::kill(|| self.living()).await;
+        self.hunt().kill().await;
         self.exited().await;
     }
 
     /// Ends what is left after the leader's exit.
     pub async fn end_leftovers(&self) {
-        ending::end(|| self.living(), LEFTOVER_GRACE).await;
+        self.hunt().end(LEFTOVER_GRACE).await;
     }
 
-    fn living(&self) -> Vec<Process> {
-        self.host.living(self.leader, self.key)
+    fn hunt(&self) -> Hunt<impl Fn(&[Process]) -> Vec<Process>> {
+        self.host.hunt(self.leader, self.key)
     }
 
     fn signal_group(&self, signal: Signal) {
@@ -158,7 +161,7 @@ impl Drop for Group {
         }
         self.signal_group(Signal::KILL);
         self.host.kill_cgroup(self.key);
-        for member in self.living() {
+        for member in self.host.living(self.leader, self.key, &[]) {
             member.signal(Signal::KILL);
         }
         self.host.has_ended(self.leader);

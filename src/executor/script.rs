@@ -19,7 +19,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Spec;
-use super::account::Account;
+use super::account::{Account, Entry};
 use super::host::MARK;
 use super::process::Group;
 use super::setup::{self, Steps};
@@ -100,11 +100,16 @@ fn start(spec: &Spec, script: Option<File>) -> Result<Started, String> {
     for (name, default) in INHERITED {
         command.env(name, std::env::var_os(name).unwrap_or(default.into()));
     }
-    if let Some(entry) = steps.account.as_ref().and_then(|it| it.entry.as_ref()) {
+    if let Some(account) = &steps.account {
+        let entry = account.entry.clone().unwrap_or_else(|| Entry {
+            name: account.uid.to_string(),
+            home: "/".to_owned(),
+            shell: SHELL.to_owned(),
+        });
         command
-            .env("HOME", &entry.home)
-            .env("USER", &entry.name)
-            .env("SHELL", &entry.shell);
+            .env("HOME", entry.home)
+            .env("USER", entry.name)
+            .env("SHELL", entry.shell);
     }
     command
         .env(MARK, spec.host.mark(spec.ids.key()))

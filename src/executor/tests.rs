@@ -452,7 +452,7 @@ fn the_exit_is_noticed_without_a_pidfd() {
     let mut group = Group::with(spec.host.clone(), spec.ids.key(), child, None);
     smol::block_on(group.exited());
     let leader = Pid::from_raw(group.id() as i32).expect("not zero");
-    assert_eq!(spec.host.living(leader, spec.ids.key()), []);
+    assert_eq!(spec.host.living(leader, spec.ids.key(), &[]), []);
     assert_eq!(group.reap().0, Cause::Exited(7));
 }
 

@@ -45,6 +45,35 @@ fn a_leaked_pipe_ends_with_what_was_printed() {
 fn daemons_are_found_wherever_they_hide() {
     let server = ScriptedServer::start();
     let agent = Agent::start(&server);
+    leaves_nothing(&server, &agent);
+}
+
+#[test]
+fn daemons_are_found_without_pidfds() {
+    if !Agent::can_inject() {
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.inject("pidfd_open:error=ENOSYS");
+    agent.start_again();
+    leaves_nothing(&server, &agent);
+}
+
+#[test]
+fn daemons_are_found_by_an_ordinary_user() {
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.set("HOSTLINK_TASK_CGROUP", "auto");
+    if !agent.run_as(61235) {
+        return;
+    }
+    agent.start_again();
+    agent.wait_line("without cgroups");
+    leaves_nothing(&server, &agent);
+}
+
+fn leaves_nothing(server: &ScriptedServer, agent: &Agent) {
     for (name, hide) in [
         ("daemon", daemon as fn(&str) -> String),
         ("bare", bare_daemon),

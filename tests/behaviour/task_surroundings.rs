@@ -92,8 +92,8 @@ fn a_number_is_a_user_too() {
     }
     let server = ScriptedServer::start();
     let _agent = Agent::with(&server, &[("HOSTLINK_TASK_USER", "12345:54321")]);
-    let (_, text, error) = run(&server, "probe", "id -u; id -g; id -G");
-    server.check_eq(text.as_str(), "12345\n54321\n54321\n", &error);
+    let (_, text, error) = run(&server, "probe", "id -u; id -g; id -G; echo $HOME $USER");
+    server.check_eq(text.as_str(), "12345\n54321\n54321\n/ 12345\n", &error);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -62,6 +63,8 @@ pub struct Agent {
     log: Arc<AgentLog>,
     /// Faults that strace injects into the next process.
     faults: Option<String>,
+    /// User and group that it runs as.
+    user: Option<u32>,
 }
 
 impl Agent {
@@ -93,6 +96,7 @@ impl Agent {
             process: None,
             log: Arc::default(),
             faults: None,
+            user: None,
         };
         server.show_on_failure(Arc::clone(&agent.log));
         let state = agent.state().display().to_string();
@@ -152,6 +156,9 @@ impl Agent {
                 strace
             }
         };
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
         let mut child = command
             .arg("run")
             .env_clear()
@@ -217,6 +224,21 @@ impl Agent {
     /// Injects faults into the next process that is started, in the words of `strace -e inject=`.
     pub fn inject(&mut self, faults: &str) {
         self.faults = Some(format!("inject={faults}"));
+    }
+
+    /// Makes all starts those of an ordinary user, to whom the test's directory is given. Only root
+    /// can do that: false, said loudly, for others.
+    pub fn run_as(&mut self, user: u32) -> bool {
+        let dirs = [self.dir.clone(), self.state()];
+        let given = dirs
+            .iter()
+            .all(|dir| std::os::unix::fs::chown(dir, Some(user), Some(user)).is_ok());
+        if given {
+            self.user = Some(user);
+        } else {
+            eprintln!("SKIPPED: only root can start the agent as another user");
+        }
+        given
     }
 
     /// Whether faults can be injected on this machine. Says loudly if not.
