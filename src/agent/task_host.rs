@@ -17,6 +17,9 @@ use crate::ids::{AttemptKey, Ids};
 use crate::limits::COLLECT_DELAY;
 use crate::outbox;
 
+/// In the state directory: the processes that lead running tasks.
+const RECORD_FILE: &str = "tasks.running";
+
 /// The host of this agent's tasks, named by what is its own for good: its device, its state and,
 /// where devices share a kernel, its processes.
 pub fn new(config: &Config, fingerprint: &str) -> Host {
@@ -33,7 +36,8 @@ pub fn new(config: &Config, fingerprint: &str) -> Host {
     let kept = cgroups.as_ref().map(Cgroups::bounds).unwrap_or_default();
     let setup = setup(config, kept);
     complain(config, kept, &setup, complaints);
-    let mut host = Host::new(&agent, leftovers, setup);
+    let record = config.state_path.join(RECORD_FILE);
+    let mut host = Host::new(&agent, leftovers, setup).with_record(&record);
     if let Some(cgroups) = cgroups {
         host = host.with_cgroups(cgroups);
     }

@@ -12,14 +12,15 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use log::warn;
+use log::{debug, warn};
 use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_subreaper, waitid};
 
 use super::cgroup::{Bounds, Cgroups, Used};
 use super::ending::Hunt;
 use super::procfs::{self, Process};
+use super::record::{Noted, Record};
 use super::setup::Setup;
 use crate::ids::AttemptKey;
 use crate::limits::{LEFTOVER_GRACE, OOM_SCORE_MAX, OOM_SCORE_OF_TASKS};
@@ -43,6 +44,9 @@ pub struct Host {
     pub leftovers: Leftovers,
     pub setup: Setup,
     cgroups: Option<Cgroups>,
+    record: Option<Record>,
+    /// Leaders that an earlier life of the agent has noted.
+    noted: Vec<Noted>,
     /// Orphans of tasks become children of this process.
     adopts: Cell<bool>,
     /// Nobody but tasks can have left children to this process.
@@ -81,6 +85,24 @@ impl Host {
         Host {
             cgroups: Some(cgroups),
             ..self
+        }
+    }
+
+    /// Notes who leads a task in this file, for the next start.
+    pub fn with_record(self, path: &Path) -> Host {
+        match Record::open(path) {
+            Ok((record, noted)) => Host {
+                record: Some(record),
+                noted,
+                ..self
+            },
+            Err(error) => {
+                debug!(
+                    "leaders of tasks are not noted in {}: {error}",
+                    path.display()
+                );
+                self
+            }
         }
     }
 
@@ -143,10 +165,16 @@ impl Host {
 
     pub(super) fn has_started(&self, leader: Pid, key: AttemptKey) {
         self.running.borrow_mut().push((leader, key));
+        if let Some(record) = &self.record {
+            record.has_started(leader, key);
+        }
     }
 
     pub(super) fn has_ended(&self, leader: Pid) {
         self.running.borrow_mut().retain(|(id, _)| *id != leader);
+        if let Some(record) = &self.record {
+            record.has_ended(leader);
+        }
     }
 
     /// Collects orphans of tasks that have exited.
@@ -227,6 +255,16 @@ impl Host {
         }
     }
 
+    /// Whether it leads a task of an earlier life, or is in the group of one that still lives.
+    fn is_noted(&self, process: &Process) -> bool {
+        let mut noted = self.noted.iter().map(|it| &it.leader);
+        noted.any(|leader| {
+            let is_leader = leader.id == process.id && leader.started == process.started;
+            // While the leader lives its id is no other group's.
+            is_leader || process.group == leader.id.as_raw_pid() && leader.is_same()
+        })
+    }
+
     /// The attempt that a process belongs to, by its mark.
     fn marked(&self, id: Pid) -> Option<AttemptKey> {
         let prefix = format!("{MARK}={}-", self.agent);
@@ -249,13 +287,17 @@ impl Host {
     pub async fn end_old_tasks(&self, interrupted: &[AttemptKey]) -> usize {
         // A task may have started this agent.
         let spared = ancestors();
-        let is_meant =
-            |key: &AttemptKey| self.leftovers == Leftovers::Kill || interrupted.contains(key);
+        let is_meant = |key: &AttemptKey| {
+            self.leftovers == Leftovers::Kill
+                || interrupted.contains(key)
+                || self.noted.iter().any(|it| it.key == *key)
+        };
         let look = |known: &[Process]| {
             let all = procfs::all();
             let is_old = |it: &Process| {
                 let is_spared = spared.contains(&it.id);
-                !it.is_dead && !is_spared && self.marked(it.id).is_some_and(|key| is_meant(&key))
+                let is_marked = || self.marked(it.id).is_some_and(|key| is_meant(&key));
+                !it.is_dead && !is_spared && (self.is_noted(it) || is_marked())
             };
             let mut old: Vec<Process> = all.iter().filter(|it| is_old(it)).copied().collect();
             for cgroups in self.cgroups.iter() {
@@ -265,6 +307,9 @@ impl Host {
             family(old, known, &all, &spared)
         };
         let count = Hunt::new(look).end(LEFTOVER_GRACE).await;
+        if let Some(record) = &self.record {
+            record.clear();
+        }
         for cgroups in self.cgroups.iter() {
             let leaves = cgroups.leaves();
             leaves.iter().for_each(|key| cgroups.leaf(*key).remove());

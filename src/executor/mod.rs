@@ -7,6 +7,7 @@
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`]: signals, exit and reaping.
 //! - [`host`], [`cgroup`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
+//! - [`record`]: the leaders, for the next start of the agent.
 //! - [`timeout`]: the bound of its run time.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
@@ -21,6 +22,7 @@ pub mod flush;
 pub mod host;
 mod process;
 mod procfs;
+mod record;
 mod script;
 pub mod setup;
 pub mod tail;

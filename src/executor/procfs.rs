@@ -42,7 +42,8 @@ impl Process {
         }
     }
 
-    fn is_same(&self) -> bool {
+    /// Whether it is still there: dead perhaps, but not another one by the same id.
+    pub fn is_same(&self) -> bool {
         find(self.id).is_some_and(|now| now.started == self.started)
     }
 }

@@ -30,6 +30,28 @@ fn a_task_that_kills_the_agent_is_interrupted_and_gone() {
     server.check_eq(agent.runs("killer"), 1, "runs");
 }
 
+/// Without mark, but still what was noted as the leader of a task, and its group.
+#[test]
+fn a_shell_that_becomes_a_program_without_environment_is_found() {
+    let server = ScriptedServer::start();
+    for leftovers in ["kill", "keep"] {
+        let mut agent = Agent::with(&server, &[("HOSTLINK_TASK_LEFTOVERS", leftovers)]);
+        let sleeper = Sleeper::new();
+        let sleep = sleeper.command();
+        let command = format!("exec env -i sh -c 'exec 3>&-; {sleep} & {sleep}; :'");
+        let task = Task::new(leftovers, command);
+        server.deliver(&task);
+        let running = sleeper.wait_for(2, Duration::from_secs(10));
+        server.check_eq(running, 2, "processes before the kill");
+        agent.kill();
+        agent.start_again();
+        let end = server.wait_end(&task);
+        server.check_eq(end.status, FinalStatus::Interrupted, leftovers);
+        server.check_eq(sleeper.running().len(), 0, leftovers);
+        agent.terminate();
+    }
+}
+
 #[test]
 fn streams_that_are_closed_early_end_nothing() {
     let server = ScriptedServer::start();
