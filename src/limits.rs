@@ -328,6 +328,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //
 //   executor   CONCURRENCY_MAX × 2 streams × (CHUNKS_WAITING_MAX + 1) × CHUNK_BYTES_MAX   1,152 KiB
 //              CONCURRENCY_MAX × 2 tails × FINAL_OUTPUT_BYTES_DEFAULT                       512 KiB
+//              one look at PROCESSES_SEEN_MAX processes, while something is ended            640 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
 //              one segment read for replay                                                  520 KiB

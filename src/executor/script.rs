@@ -74,10 +74,14 @@ fn start(spec: &Spec, script: Option<File>) -> Result<Started, String> {
         account,
         cgroup: spec.host.enter_cgroup(spec.ids.key())?,
     };
-    let report = (!steps.is_empty()).then(setup::report_file).flatten();
-    let mut command = match steps.is_empty() {
-        true => Command::new(OsStr::from_bytes(program)),
-        false => {
+    let is_plain_shell = interpreter.is_none();
+    let by_shell = is_plain_shell.then(|| steps.shell_command(SHELL)).flatten();
+    let mut report = None;
+    let mut command = match by_shell {
+        Some(command) => command,
+        None if steps.is_empty() => Command::new(OsStr::from_bytes(program)),
+        None => {
+            report = setup::report_file();
             let mut helper = steps.command(report.as_ref());
             helper.arg(OsStr::from_bytes(program));
             helper
@@ -121,10 +125,8 @@ fn start(spec: &Spec, script: Option<File>) -> Result<Started, String> {
         .process_group(0);
     let spawned = spec.host.as_first_victim(|| command.spawn());
     drop(script);
-    let mut child = spawned.map_err(|error| match steps.is_empty() {
-        true => setup::cannot_run(program, &error),
-        false => setup::cannot_run(command.get_program().as_bytes(), &error),
-    })?;
+    let mut child =
+        spawned.map_err(|error| setup::cannot_run(command.get_program().as_bytes(), &error))?;
     let pipes = child.stdout.take().zip(child.stderr.take());
     let group = Group::new(spec.host.clone(), spec.ids.key(), child);
     let (stdout, stderr) = pipes.ok_or("the task has no output pipes")?;

@@ -73,6 +73,38 @@ fn daemons_are_found_by_an_ordinary_user() {
     leaves_nothing(&server, &agent);
 }
 
+/// A root that cannot be written, a state directory from which nothing may be executed, and no
+/// cgroups to be seen.
+#[test]
+fn daemons_are_found_on_a_bare_system() {
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.set("HOSTLINK_TASK_CGROUP", "auto");
+    agent.set("HOSTLINK_TASK_NICE", "1");
+    let state = agent.state().display().to_string();
+    let mounts = format!(
+        "mount --bind {state} {state} && mount -o remount,bind,noexec {state} && \
+         mount -t tmpfs none /sys/fs/cgroup && mount -o remount,bind,ro /"
+    );
+    if !agent.mount(&mounts) {
+        return;
+    }
+    agent.start_again();
+    agent.wait_line("without cgroups");
+    let task = Task::new("root", "touch /usr/written 2>/dev/null || echo read-only");
+    server.deliver(&task);
+    let end = server.wait_end(&task);
+    server.check_eq(
+        end.output.as_str(),
+        "read-only\n",
+        "the root is as it should be",
+    );
+    leaves_nothing(&server, &agent);
+    agent.kill();
+    agent.start_again();
+    server.run_another("after a restart");
+}
+
 fn leaves_nothing(server: &ScriptedServer, agent: &Agent) {
     for (name, hide) in [
         ("daemon", daemon as fn(&str) -> String),

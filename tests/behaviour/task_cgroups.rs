@@ -66,6 +66,14 @@ fn a_task_lives_in_its_leaf_and_leaves_none_behind() {
         &format!("{leaf} in {}", end.output),
     );
     server.check_eq(sleeper.running().len(), 0, "processes");
+    let own = Task::new("own", "#!/bin/sh -e\ncat /proc/self/cgroup\n");
+    server.deliver(&own);
+    let end = server.wait_end(&own);
+    let leaf = format!("{name}/{}", own.ids.key());
+    server.check(
+        end.output.contains(&leaf),
+        &format!("{leaf} in {}", end.output),
+    );
     server.check_eq(leaves(&dir), 0, "leaves");
     agent.terminate();
     server.check(!dir.exists(), "the folder is removed with the agent");

@@ -65,6 +65,8 @@ pub struct Agent {
     faults: Option<String>,
     /// User and group that it runs as.
     user: Option<u32>,
+    /// Shell words that are run first, in a mount namespace of its own.
+    mounts: Option<String>,
 }
 
 impl Agent {
@@ -97,6 +99,7 @@ impl Agent {
             log: Arc::default(),
             faults: None,
             user: None,
+            mounts: None,
         };
         server.show_on_failure(Arc::clone(&agent.log));
         let state = agent.state().display().to_string();
@@ -146,9 +149,17 @@ impl Agent {
     /// Starts the process, on the state that is there.
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the agent runs already");
-        let mut command = match self.faults.take() {
-            None => Command::new(program()),
-            Some(faults) => {
+        let mut command = match (self.faults.take(), &self.mounts) {
+            (None, None) => Command::new(program()),
+            (None, Some(mounts)) => {
+                // Each becomes the next, so that the child is the agent itself.
+                let mut unshare = Command::new("/usr/bin/unshare");
+                let then = format!("{mounts} && exec \"$0\" \"$@\"");
+                unshare.args(["--mount", "--", "/bin/sh", "-c", &then]);
+                unshare.arg(program());
+                unshare
+            }
+            (Some(faults), _) => {
                 // The tracer is a grandchild, so that the child is the agent itself.
                 let mut strace = Command::new("/usr/bin/strace");
                 strace.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &faults]);
@@ -239,6 +250,21 @@ impl Agent {
             eprintln!("SKIPPED: only root can start the agent as another user");
         }
         given
+    }
+
+    /// Runs these shell words, which may mount, before each start, seen by the agent alone. False,
+    /// said loudly, where that cannot be done.
+    pub fn mount(&mut self, words: &str) -> bool {
+        let tried = Command::new("/usr/bin/unshare")
+            .args(["--mount", "--", "/bin/sh", "-c", words])
+            .status();
+        let can = tried.is_ok_and(|status| status.success());
+        if can {
+            self.mounts = Some(words.to_owned());
+        } else {
+            eprintln!("SKIPPED: only root with mount namespaces can test other file systems");
+        }
+        can
     }
 
     /// Whether faults can be injected on this machine. Says loudly if not.
