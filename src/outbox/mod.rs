@@ -31,6 +31,8 @@ mod facts;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod handle;
+#[cfg(test)]
+mod histories;
 mod index;
 mod log;
 mod memory;

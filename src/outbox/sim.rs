@@ -18,20 +18,58 @@ use crate::limits::SECTOR_BYTES;
 /// What the page cache writes back at once.
 const PAGE_BYTES: usize = 4096;
 
-/// Small and good enough to choose with; the seed reproduces a run.
+/// Small and good enough to choose with; the seed reproduces a run, and so do its choices.
 #[derive(Clone)]
-pub struct Random(u64);
+pub struct Random {
+    state: u64,
+    /// The choices so far, or those to be made again.
+    choices: Vec<u64>,
+    /// How many of `choices` have been made again; `None` while new ones are noted.
+    replayed: Option<usize>,
+}
 
 impl Random {
     pub fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+        Random {
+            state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            choices: Vec::new(),
+            replayed: None,
+        }
+    }
+
+    /// Makes these choices again, and 0 for all that follow.
+    pub fn replay(choices: Vec<u64>) -> Random {
+        Random {
+            state: 1,
+            choices,
+            replayed: Some(0),
+        }
     }
 
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % bound
+        if let Some(at) = &mut self.replayed {
+            *at += 1;
+            return self.choices.get(*at - 1).map_or(0, |choice| choice % bound);
+        }
+        let choice = self.draw() % bound;
+        self.choices.push(choice);
+        choice
+    }
+
+    /// Bytes to fill something with; no choices.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.fill_with(|| self.draw() as u8);
+    }
+
+    pub fn into_choices(self) -> Vec<u64> {
+        self.choices
+    }
+
+    fn draw(&mut self) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state >> 11
     }
 }
 
