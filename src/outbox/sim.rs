@@ -12,6 +12,7 @@ use super::disk::{Disk, DiskFile};
 use super::index::Index;
 use super::memory::MemoryIndex;
 use super::record::Entry;
+use super::segment::HEADER_BYTES;
 use crate::ids::AttemptKey;
 use crate::limits::SECTOR_BYTES;
 
@@ -137,6 +138,7 @@ struct World {
     calls: u64,
     fault: Option<(u64, Fault)>,
     bad_file: Option<usize>,
+    early_units: u64,
 }
 
 impl World {
@@ -242,6 +244,18 @@ impl SimDisk {
         self.world().dir.keys().cloned().collect()
     }
 
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        let world = self.world();
+        let len = |file: &usize| world.files[*file].written.len() as u64;
+        world.dir.values().map(len).sum()
+    }
+
+    /// Writes behind a segment's header before that was durable.
+    pub fn early_units(&self) -> u64 {
+        self.world().early_units
+    }
+
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let world = self.world();
         world.files[world.dir[name]].written.clone()
@@ -255,6 +269,17 @@ impl SimDisk {
             durable: bytes,
             unsynced: Vec::new(),
         };
+    }
+
+    /// A file that was removed is there again.
+    pub fn put_back(&self, name: &str, bytes: Vec<u8>) {
+        let mut world = self.world();
+        let number = world.files.len();
+        world.files.push(FileState::default());
+        world.dir.insert(name.to_owned(), number);
+        world.durable_dir.insert(name.to_owned(), number);
+        drop(world);
+        self.overwrite(name, bytes);
     }
 
     /// Loses the index.
@@ -273,6 +298,7 @@ impl SimDisk {
             calls: world.calls,
             fault: None,
             bad_file: world.bad_file,
+            early_units: world.early_units,
         })))
     }
 }
@@ -367,8 +393,12 @@ impl DiskFile for SimFile {
             Err(_) => bytes,
         };
         let file = &mut world.files[self.1];
+        let head = HEADER_BYTES as usize;
+        let is_early =
+            offset >= HEADER_BYTES && file.durable.get(..head) != file.written.get(..head);
         put(&mut file.written, offset as usize, done);
         file.unsynced.push((offset as usize, done.to_vec()));
+        world.early_units += u64::from(is_early);
         verdict
     }
 
