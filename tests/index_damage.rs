@@ -229,7 +229,7 @@ fn any_file_of_the_index_may_be_gone_cut_or_changed() {
             try_with(Some(bytes[..cut].to_vec()), format!("is cut at {cut}"));
         }
         // An odd number of steps, so that each bit of a byte is met.
-        for bit in (0..used * 8).step_by(step(used * 8 / 31 | 1)) {
+        for bit in (0..used * 8).step_by(step((used * 8 / 31) | 1)) {
             let mut damaged = bytes.clone();
             damaged[bit / 8] ^= 1 << (bit % 8);
             try_with(Some(damaged), format!("with bit {bit} flipped"));
