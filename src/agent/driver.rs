@@ -12,12 +12,12 @@ use log::{debug, info, warn};
 use smol::Timer;
 
 use super::connection::{Connection, OutBatch};
-use super::effects::RunningStops;
+use super::effects::{self, RunningStops};
 use super::status::Status;
 use super::{Context, boot_time, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Stream};
-use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP};
+use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
@@ -70,6 +70,8 @@ pub struct Driver {
     pub(super) connection: Option<Connection>,
     pub(super) connections_made: u64,
     pub(super) running: RunningStops,
+    /// To be recorded, in this order.
+    pub(super) offers: Sender<(Box<TaskOffer>, Origin)>,
     pub(super) spare_buffers: Vec<(Vec<u8>, Vec<outbox::Message>)>,
     stopping: Option<Stopping>,
     last_http_error: Option<String>,
@@ -85,7 +87,12 @@ enum Stopping {
 
 impl Driver {
     pub fn new(context: Rc<Context>, session: Box<Session<Cursor>>, begun: Duration) -> Driver {
+        let (offers, offered) = async_channel::bounded(TASK_QUEUE_MAX);
+        context
+            .clone()
+            .spawn(effects::record_offers(context.clone(), offered));
         Driver {
+            offers,
             incarnation: context.outbox.incarnation().into(),
             context,
             session,

@@ -21,6 +21,7 @@ mod kill_nine_prefix;
 mod null_directives;
 mod poison_message;
 mod polling_gate;
+mod queue;
 mod reconnect_replays_same_messages;
 mod registration;
 mod restart_in_each_state;
