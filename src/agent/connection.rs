@@ -1,5 +1,6 @@
 //! One WebSocket connection: its dial, its reader, its frames in order.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use async_channel::{Receiver, Sender};
@@ -70,18 +71,26 @@ async fn run(
     };
     context.tell(Input::Connected(id)).await;
     let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
+    let goodbye = Cell::new(None);
     let why = future::or(
         net::write_loop(writer, control, data_lane),
         future::or(
-            read_loop(&context, id, reader),
+            read_loop(&context, id, reader, &goodbye),
             send_batches(&context, id, batches, data),
         ),
     )
     .await;
+    let why = goodbye.take().unwrap_or(why);
     context.tell(Input::Disconnected(id, why)).await;
 }
 
-async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) -> String {
+/// `goodbye` takes the reason that the server gives for its close.
+async fn read_loop(
+    context: &Rc<Context>,
+    id: u64,
+    mut reader: net::WsReader,
+    goodbye: &Cell<Option<String>>,
+) -> String {
     loop {
         let mut is_large = false;
         let input = match reader.next().await {
@@ -91,7 +100,10 @@ async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) ->
             }
             Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
             // The write loop answers the close and ends.
-            Ok(Incoming::Closed(_)) => return future::pending().await,
+            Ok(Incoming::Closed(why)) => {
+                goodbye.set(Some(why));
+                return future::pending().await;
+            }
             Err(why) => return why,
         };
         context.tell(input).await;

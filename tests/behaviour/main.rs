@@ -16,6 +16,7 @@ mod full_disk;
 mod gap_error_never_taken;
 mod gap_error_replays_once;
 mod hello_directives;
+mod hostile_server;
 mod invalid_frames_end_the_session;
 mod kill_nine_prefix;
 mod null_directives;
