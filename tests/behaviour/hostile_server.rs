@@ -1,8 +1,11 @@
 //! Servers and middle boxes that misbehave: the agent says why it leaves, waits before it tries
 //! again, stays small and is there when a good server comes.
 
+use serde_json::json;
+
 use crate::support::front::{Front, Script, Victim, frame};
-use crate::support::{Agent, ScriptedServer};
+use crate::support::tls::{Flaw, TestCa, terminate};
+use crate::support::{Agent, ScriptedServer, Task};
 
 /// Frames of up to 1 MiB are read; nothing may be kept of them, and nothing larger is read.
 const GROWTH_KIB_MAX: u64 = 6 * 1024;
@@ -16,10 +19,27 @@ type Case = (&'static str, Script, &'static str);
 
 /// The agent meets all of them, one connection after another.
 fn survives(cases: Vec<Case>) {
+    survives_before(cases, None);
+}
+
+/// The same, over TLS if there is an authority.
+fn survives_before(cases: Vec<Case>, ca: Option<&TestCa>) {
     let server = ScriptedServer::start();
-    let front = Front::before(server.port());
     let mut agent = Agent::prepare(&server);
-    agent.set("HOSTLINK_WS_URL", &front.websocket_url());
+    let front = match ca {
+        Some(ca) => {
+            let front = Front::before(terminate(ca, server.port()));
+            let file = ca.write_pem(agent.path("ca.pem"));
+            agent.set("HOSTLINK_CA_FILE", &file);
+            agent.set("HOSTLINK_WS_URL", &front.secure_websocket_url());
+            front
+        }
+        None => {
+            let front = Front::before(server.port());
+            agent.set("HOSTLINK_WS_URL", &front.websocket_url());
+            front
+        }
+    };
     agent.start_again();
     server.run_another("before");
     let peak = agent.peak_resident_kib();
@@ -231,4 +251,89 @@ fn answers_that_are_no_upgrade() {
             "limit exceeded",
         ),
     ]);
+}
+
+fn shows(ca: &TestCa, flaw: Flaw, says: &'static str) -> Case {
+    let acceptor = ca.acceptor(flaw);
+    let script = move |victim: &mut Victim| victim.handshake(&acceptor);
+    ("a bad certificate", Box::new(script), says)
+}
+
+#[test]
+fn certificates_that_prove_nothing() {
+    let ca = TestCa::new("test authority");
+    let cases = vec![
+        shows(&ca, Flaw::Expired, "expired"),
+        shows(&ca, Flaw::NotYetValid, "not yet valid"),
+        shows(&ca, Flaw::OtherName, "mismatch"),
+        shows(&ca, Flaw::SelfSigned, "self-signed"),
+        shows(&TestCa::new("test authority"), Flaw::None, "certificate"),
+        (
+            "plain text",
+            Box::new(|victim| {
+                victim.send(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+                victim.hang_up();
+            }),
+            "TLS",
+        ),
+    ];
+    survives_before(cases, Some(&ca));
+}
+
+/// Three deadlines of twenty seconds each.
+#[test]
+fn silence_is_not_waited_for_without_end() {
+    let says_nothing = || {
+        let script = |victim: &mut Victim| victim.drain();
+        Box::new(script) as Script
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| survives(vec![("no answer", says_nothing(), "did not answer")]));
+        scope.spawn(|| survives(vec![sends("no hello_ack", Vec::new(), "hello")]));
+        scope.spawn(|| {
+            let ca = TestCa::new("test authority");
+            let cases = vec![("no TLS", says_nothing(), "TLS")];
+            survives_before(cases, Some(&ca));
+        });
+    });
+}
+
+/// The server reads nothing, so no pong can be written: one waits, the others are forgotten.
+#[test]
+fn a_flood_of_pings_costs_no_memory() {
+    let script = |victim: &mut Victim| {
+        victim.upgrade();
+        let pings = frame(PING, &[b'x'; 100]).repeat(1000);
+        for _ in 0..100 {
+            if !victim.send(&pings) {
+                return;
+            }
+        }
+        victim.hang_up();
+    };
+    survives(vec![("pings", Box::new(script), "without a close frame")]);
+}
+
+#[test]
+fn acknowledgements_of_what_is_not_ours_change_nothing() {
+    let server = ScriptedServer::start();
+    let agent = Agent::start(&server);
+    let link = server.link();
+    let peak = agent.peak_resident_kib();
+    let other = Task::new("other", "true").ids;
+    let kinds = ["task.output", "task.final", "agent.hello"];
+    for number in 0..20_000_u64 {
+        let ids = if number % 2 == 0 { None } else { Some(&other) };
+        let payload = json!({
+            "acked_message_id": format!("0123456789abcdef-{number:032x}-o-{number}"),
+            "acked_type": kinds[number as usize % kinds.len()],
+            "stream": "stdout",
+            "highest_output_sequence": number << 40,
+        });
+        link.send("ack", ids, payload);
+    }
+    server.run_another("afterwards");
+    server.check_eq(server.look(|log| log.connections()), 1, "connections");
+    let grown = agent.peak_resident_kib().saturating_sub(peak);
+    server.check(grown < GROWTH_KIB_MAX, &format!("{grown} KiB of memory"));
 }

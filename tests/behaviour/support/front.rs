@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use async_tungstenite::tungstenite::handshake::derive_accept_key;
+use openssl::ssl::SslAcceptor;
 
 use super::lock;
 
@@ -57,6 +58,10 @@ impl Front {
         format!("ws://127.0.0.1:{}/api/v1/agents/ws", self.port)
     }
 
+    pub fn secure_websocket_url(&self) -> String {
+        format!("wss://127.0.0.1:{}/api/v1/agents/ws", self.port)
+    }
+
     /// The next connection that has no script yet gets this one.
     pub fn next(&self, script: Script) {
         lock(&self.plan.scripts).push_back(script);
@@ -99,6 +104,13 @@ impl Victim {
             )
             .as_bytes(),
         );
+    }
+
+    /// Begins TLS, and ends the connection.
+    pub fn handshake(&mut self, acceptor: &SslAcceptor) {
+        if let Ok(socket) = self.socket.try_clone() {
+            let _ = acceptor.accept(socket);
+        }
     }
 
     /// `false` when the agent has gone.
