@@ -124,6 +124,8 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
 pub const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 /// A socket write that makes no progress.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// For a last close frame: whoever it is for may not read any more.
+pub const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 /// A session that was active this long resets the reconnect backoff.
 pub const BACKOFF_RESET: Duration = Duration::from_secs(30);
 /// Below this no reconnect delay falls, whatever the jitter.

@@ -8,7 +8,9 @@ use futures_lite::future;
 
 use super::driver::Input;
 use super::{Context, frames};
-use crate::limits::{BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, LARGE_FRAME_BYTES};
+use crate::limits::{
+    BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE, LARGE_FRAME_BYTES,
+};
 use crate::net::{self, Control, Incoming};
 use crate::outbox;
 use crate::session::delivery::Admission;
@@ -49,7 +51,7 @@ impl Connection {
     pub async fn close(self) {
         let _ = self.control.try_send(Control::Close);
         let patience = async {
-            smol::Timer::after(std::time::Duration::from_secs(1)).await;
+            smol::Timer::after(GOODBYE_PATIENCE).await;
         };
         future::or(self.task, patience).await;
     }
@@ -103,6 +105,12 @@ async fn read_loop(
             Ok(Incoming::Closed(why)) => {
                 goodbye.set(Some(why));
                 return future::pending().await;
+            }
+            Err(why) if reader.says_goodbye() => {
+                // The server is told why. One that does not read is not waited for.
+                goodbye.set(Some(why));
+                smol::Timer::after(GOODBYE_PATIENCE).await;
+                return String::new();
             }
             Err(why) => return why,
         };

@@ -66,6 +66,7 @@ pub struct WsReader {
     socket: WebSocketStream<ReadSide>,
     replies: Sender<Reply>,
     messages_in_turn: u32,
+    says_goodbye: bool,
 }
 
 /// Consumed by [`super::write_loop`].
@@ -159,6 +160,7 @@ async fn upgrade(
         socket,
         replies: reply_sender,
         messages_in_turn: 0,
+        says_goodbye: false,
     };
     Ok((writer, reader))
 }
@@ -271,8 +273,14 @@ impl WsReader {
         }
     }
 
+    /// Whether a close is on its way: the write loop ends by itself when it is written.
+    pub fn says_goodbye(&self) -> bool {
+        self.says_goodbye
+    }
+
     /// Replaces a reply that is not written yet. A write loop that has ended needs none.
-    fn reply(&self, reply: Reply) {
+    fn reply(&mut self, reply: Reply) {
+        self.says_goodbye |= matches!(reply, Reply::Close(_));
         let _ = self.replies.force_send(reply);
     }
 }

@@ -3,7 +3,7 @@
 
 use serde_json::json;
 
-use crate::support::front::{Front, Script, Victim, frame};
+use crate::support::front::{CLOSE, Front, Script, Victim, frame};
 use crate::support::tls::{Flaw, TestCa, terminate};
 use crate::support::{Agent, ScriptedServer, Task};
 
@@ -11,7 +11,6 @@ use crate::support::{Agent, ScriptedServer, Task};
 const GROWTH_KIB_MAX: u64 = 6 * 1024;
 
 const TEXT: u8 = 0x81;
-const CLOSE: u8 = 0x88;
 const PING: u8 = 0x89;
 
 /// What happens, what is done, and what the agent must say of it.
@@ -336,4 +335,27 @@ fn acknowledgements_of_what_is_not_ours_change_nothing() {
     server.check_eq(server.look(|log| log.connections()), 1, "connections");
     let grown = agent.peak_resident_kib().saturating_sub(peak);
     server.check(grown < GROWTH_KIB_MAX, &format!("{grown} KiB of memory"));
+}
+
+#[test]
+fn a_server_is_told_why_it_is_left() {
+    let (told, statuses) = std::sync::mpsc::channel();
+    let violates = |what, bytes: Vec<u8>, says| -> Case {
+        let told = told.clone();
+        let script = move |victim: &mut Victim| {
+            victim.upgrade();
+            victim.send(&bytes);
+            let _ = told.send(victim.close_status());
+        };
+        (what, Box::new(script), says)
+    };
+    survives(vec![
+        violates("opcode 3", frame(0x83, b"hi"), "opcode"),
+        violates("no UTF-8", frame(TEXT, b"\xff"), "UTF-8"),
+        violates("2^40 bytes", lying(1 << 40), "allowed are"),
+        violates("a binary frame", frame(0x82, b"{}"), "binary"),
+        violates("a goodbye", frame(CLOSE, b"\x0f\xa1bye"), "4001 bye"),
+    ]);
+    let statuses: Vec<Option<u16>> = statuses.try_iter().collect();
+    assert_eq!(statuses, [1002, 1007, 1009, 1003, 4001].map(Some));
 }

@@ -13,6 +13,9 @@ use openssl::ssl::SslAcceptor;
 
 use super::lock;
 
+/// First byte of a close frame.
+pub const CLOSE: u8 = 0x88;
+
 /// What is done with one connection.
 pub type Script = Box<dyn FnOnce(&mut Victim) + Send>;
 
@@ -122,6 +125,19 @@ impl Victim {
     pub fn drain(&mut self) {
         let mut buffer = [0; 4096];
         while matches!(self.socket.read(&mut buffer), Ok(1..)) {}
+    }
+
+    /// Reads until the agent goes; gives the status of its close frame, if that comes last.
+    pub fn close_status(&mut self) -> Option<u16> {
+        let mut bytes = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(len @ 1..) = self.socket.read(&mut buffer) {
+            bytes.extend(&buffer[..len]);
+        }
+        let [CLOSE, 0x82, mask @ .., high, low] = bytes.last_chunk::<8>()? else {
+            return None;
+        };
+        Some(u16::from_be_bytes([high ^ mask[0], low ^ mask[1]]))
     }
 
     /// Sends the end of the stream, without a word, and reads until the agent goes.
