@@ -365,4 +365,6 @@ impl AsyncWrite for ReadSide {
 }
 
 #[cfg(test)]
+mod conformance;
+#[cfg(test)]
 mod tests;
