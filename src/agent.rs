@@ -8,6 +8,7 @@
 //! - [`report`]: finals over HTTP.
 //! - [`frames`]: what is stored, as the wire wants it.
 //! - [`status`], [`lock`]: what an operator asks, and one agent per state directory.
+//! - [`notify`]: what the service manager is told.
 //!
 //! One thread runs everything asynchronous. Tasks talk to the driver through one bounded channel
 //! of [`driver::Input`]s; nothing else is shared but the store's handle and a few cells.
@@ -17,6 +18,7 @@ mod driver;
 mod effects;
 mod frames;
 pub mod lock;
+mod notify;
 mod report;
 mod startup;
 pub mod status;
@@ -48,6 +50,7 @@ struct Context {
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,
+    notifier: Rc<notify::Notifier>,
     /// The agent has been told to stop.
     stopping: Cell<bool>,
 }

@@ -112,6 +112,7 @@ impl Driver {
 
     /// Runs until an orderly stop is complete.
     pub async fn run(mut self, inputs: Receiver<Input>) {
+        self.context.notifier.serving();
         let appended = self.context.outbox.appended();
         loop {
             let now = self.now();
@@ -119,7 +120,9 @@ impl Driver {
                 self.carry_out(effect).await;
             }
             let active = self.session.link_state() == LinkState::Active;
-            self.context.watched.set(active);
+            if self.context.watched.replace(active) != active {
+                self.notify(active);
+            }
             if self.stop_is_complete(now) {
                 break;
             }
@@ -372,6 +375,16 @@ impl Driver {
                     );
                 }
                 given_up
+            }
+        }
+    }
+
+    fn notify(&self, active: bool) {
+        let notifier = &self.context.notifier;
+        match active {
+            true => notifier.connected(),
+            false => {
+                notifier.disconnected(self.session.last_error().unwrap_or("the session ended"))
             }
         }
     }

@@ -11,6 +11,7 @@ use smol::{LocalExecutor, Timer};
 
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
+use super::notify::Notifier;
 use super::{Context, boot_time, status};
 use crate::config::Config;
 use crate::limits::REGISTRATION_RETRY_MAX;
@@ -73,8 +74,14 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     };
     let (inputs, to_driver) = async_channel::bounded(INPUTS_WAITING);
     let (terminate, terminated) = async_channel::bounded(1);
+    let notifier = Rc::new(Notifier::from_environment());
     executor
-        .spawn(watch_signals(signals, inputs.clone(), terminate))
+        .spawn(watch_signals(
+            signals,
+            inputs.clone(),
+            terminate,
+            notifier.clone(),
+        ))
         .detach();
     info!(
         "hostlink-edge {} for {}",
@@ -85,8 +92,13 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     for ids in &recovered.interrupted {
         warn!("task {ids}: interrupted, the agent or the device stopped while it ran");
     }
+    notifier.ready();
+    executor
+        .spawn(notifier.clone().keep_alive(store.clone(), inputs.clone()))
+        .detach();
     let parts = Parts {
         config,
+        notifier,
         settings,
         identity,
         store: store.clone(),
@@ -151,6 +163,7 @@ async fn serve(
 
 struct Parts {
     config: Config,
+    notifier: Rc<Notifier>,
     settings: net::Settings,
     identity: Identity,
     store: outbox::Handle,
@@ -188,6 +201,7 @@ impl Parts {
             signer,
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
+            notifier: self.notifier,
             stopping: Cell::new(false),
         })
     }
@@ -277,6 +291,7 @@ async fn watch_signals(
     signals: std::io::Result<Signals>,
     inputs: Sender<Input>,
     terminate: Sender<()>,
+    notifier: Rc<Notifier>,
 ) {
     let mut signals = match signals {
         Ok(signals) => signals,
@@ -287,6 +302,7 @@ async fn watch_signals(
     };
     while let Some(signal) = signals.next().await {
         if signal.is_ok() {
+            notifier.stopping();
             let _ = terminate.try_send(());
             let _ = inputs.send(Input::Terminate).await;
         }

@@ -19,6 +19,7 @@ mod hello_directives;
 mod hostile_server;
 mod invalid_frames_end_the_session;
 mod kill_nine_prefix;
+mod notify;
 mod null_directives;
 mod poison_message;
 mod polling_gate;
