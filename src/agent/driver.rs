@@ -190,6 +190,7 @@ impl Driver {
         match input {
             Input::DialFailed(id, error) if self.is_current(id) => {
                 self.connection = None;
+                self.context.clock_floor.doubt(&error.why);
                 self.session.dial_failed(&error.why, error.retry_after, now);
             }
             Input::Connected(id) if self.is_current(id) => self.session.connected(now),
@@ -242,6 +243,7 @@ impl Driver {
                 self.session.heartbeat_done(failed, now);
             }
             Input::HttpFailed(why) => {
+                self.context.clock_floor.doubt(&why);
                 // The same trouble is told once.
                 if self.last_http_error.as_deref() == Some(why.as_str()) {
                     debug!("{why}");

@@ -9,6 +9,7 @@ use futures_lite::{FutureExt, StreamExt};
 use log::{error, info, warn};
 use smol::{LocalExecutor, Timer};
 
+use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
 use super::notify::Notifier;
@@ -52,6 +53,8 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
             None
         }
     };
+    // Before the first certificate is looked at, and before records are dated.
+    let clock_floor = Rc::new(ClockFloor::at_start(&config.state_path, config.set_clock));
     let settings = match network_settings(&config) {
         Ok(settings) => settings,
         Err(why) => {
@@ -99,6 +102,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     let parts = Parts {
         config,
         notifier,
+        clock_floor,
         settings,
         identity,
         store: store.clone(),
@@ -144,6 +148,8 @@ async fn serve(
     session.recovered(queued_tasks(recovered));
     let driver = Driver::new(context.clone(), session, begun);
 
+    let (clock_floor, signer) = (context.clock_floor.clone(), context.signer.clone());
+    context.spawn(async move { clock_floor.keep(signer.clock()).await });
     let reopened = async {
         let reopened = context.outbox.reopened();
         while let Ok(recovered) = reopened.recv().await {
@@ -164,6 +170,7 @@ async fn serve(
 struct Parts {
     config: Config,
     notifier: Rc<Notifier>,
+    clock_floor: Rc<ClockFloor>,
     settings: net::Settings,
     identity: Identity,
     store: outbox::Handle,
@@ -202,6 +209,7 @@ impl Parts {
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
             notifier: self.notifier,
+            clock_floor: self.clock_floor,
             stopping: Cell::new(false),
         })
     }
@@ -215,7 +223,11 @@ impl Parts {
                 (Some(_), Some(_)) => match api.register(&request).await {
                     Ok(answer) if !answer.id.is_empty() => return answer.id,
                     Ok(_) => "the server's answer names no agent id".to_owned(),
-                    Err(error) => error.to_string(),
+                    Err(error) => {
+                        let why = error.to_string();
+                        self.clock_floor.doubt(&why);
+                        why
+                    }
                 },
                 _ => "HOSTLINK_TOKEN_ID and HOSTLINK_TOKEN_KEY are not both set, and this device \
                       has no agent id yet"

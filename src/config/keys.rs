@@ -6,7 +6,7 @@ pub const PREFIX: &str = "HOSTLINK_";
 /// Set by the agent for its tasks; met when an agent is started by a task.
 pub const OF_TASKS: [&str; 2] = ["HOSTLINK_TASK_ID", "HOSTLINK_ATTEMPT_ID"];
 
-pub const KEYS: [&str; 34] = [
+pub const KEYS: [&str; 35] = [
     "SH_CONTROL_PLANE_URL",
     "HOSTLINK_WS_URL",
     "HOSTLINK_WS_ENABLED",
@@ -37,6 +37,7 @@ pub const KEYS: [&str; 34] = [
     "HOSTLINK_CA_FILE",
     "HOSTLINK_CLIENT_CERT",
     "HOSTLINK_CLIENT_KEY",
+    "HOSTLINK_SET_CLOCK",
     "HTTPS_PROXY",
     "HTTP_PROXY",
     "NO_PROXY",
