@@ -9,15 +9,19 @@
 //! - [`report`]: finals over HTTP.
 //! - [`frames`]: what is stored, as the wire wants it.
 //! - [`status`], [`lock`]: what an operator asks, and one agent per state directory.
+//! - [`notify`]: what the service manager is told.
+//! - [`clock_floor`]: a clock that starts in 1970.
 //!
 //! One thread runs everything asynchronous. Tasks talk to the driver through one bounded channel
 //! of [`driver::Input`]s; nothing else is shared but the store's handle and a few cells.
 
+mod clock_floor;
 mod connection;
 mod driver;
 mod effects;
 mod frames;
 pub mod lock;
+mod notify;
 mod report;
 mod startup;
 pub mod status;
@@ -54,6 +58,8 @@ struct Context {
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,
+    notifier: Rc<notify::Notifier>,
+    clock_floor: Rc<clock_floor::ClockFloor>,
     /// The agent has been told to stop.
     stopping: Cell<bool>,
 }

@@ -43,6 +43,8 @@ pub struct Config {
     pub ws_enabled: bool,
     pub ws_results_enabled: bool,
     pub ws_delivery_enabled: bool,
+    /// Set the system clock forward at the start if it is behind what is known.
+    pub set_clock: bool,
     pub state_path: PathBuf,
     pub private_key_path: PathBuf,
     pub fingerprint_path: PathBuf,
@@ -283,6 +285,7 @@ fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
         ws_enabled: reader.boolean("HOSTLINK_WS_ENABLED", true),
         ws_results_enabled: reader.boolean("HOSTLINK_WS_RESULTS_ENABLED", true),
         ws_delivery_enabled: reader.boolean("HOSTLINK_WS_DELIVERY_ENABLED", true),
+        set_clock: reader.boolean("HOSTLINK_SET_CLOCK", true),
         private_key_path: reader.path_or("HOSTLINK_PRIVATE_KEY_PATH", state_path.join("agent.key")),
         fingerprint_path: reader.path_or(
             "HOSTLINK_FINGERPRINT_PATH",

@@ -1,5 +1,6 @@
 //! One WebSocket connection: its dial, its reader, its frames in order.
 
+use std::cell::Cell;
 use std::rc::Rc;
 
 use async_channel::{Receiver, Sender};
@@ -7,7 +8,9 @@ use futures_lite::future;
 
 use super::driver::Input;
 use super::{Context, frames};
-use crate::limits::{BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, LARGE_FRAME_BYTES};
+use crate::limits::{
+    BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE, LARGE_FRAME_BYTES,
+};
 use crate::net::{self, Control, Incoming};
 use crate::outbox;
 use crate::session::delivery::Admission;
@@ -48,7 +51,7 @@ impl Connection {
     pub async fn close(self) {
         let _ = self.control.try_send(Control::Close);
         let patience = async {
-            smol::Timer::after(std::time::Duration::from_secs(1)).await;
+            smol::Timer::after(GOODBYE_PATIENCE).await;
         };
         future::or(self.task, patience).await;
     }
@@ -70,18 +73,26 @@ async fn run(
     };
     context.tell(Input::Connected(id)).await;
     let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
+    let goodbye = Cell::new(None);
     let why = future::or(
         net::write_loop(writer, control, data_lane),
         future::or(
-            read_loop(&context, id, reader),
+            read_loop(&context, id, reader, &goodbye),
             send_batches(&context, id, batches, data),
         ),
     )
     .await;
+    let why = goodbye.take().unwrap_or(why);
     context.tell(Input::Disconnected(id, why)).await;
 }
 
-async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) -> String {
+/// `goodbye` takes the reason that the server gives for its close.
+async fn read_loop(
+    context: &Rc<Context>,
+    id: u64,
+    mut reader: net::WsReader,
+    goodbye: &Cell<Option<String>>,
+) -> String {
     loop {
         let mut is_large = false;
         let input = match reader.next().await {
@@ -91,7 +102,16 @@ async fn read_loop(context: &Rc<Context>, id: u64, mut reader: net::WsReader) ->
             }
             Ok(Incoming::Ping | Incoming::Pong) => Input::Heard(id),
             // The write loop answers the close and ends.
-            Ok(Incoming::Closed(_)) => return future::pending().await,
+            Ok(Incoming::Closed(why)) => {
+                goodbye.set(Some(why));
+                return future::pending().await;
+            }
+            Err(why) if reader.says_goodbye() => {
+                // The server is told why. One that does not read is not waited for.
+                goodbye.set(Some(why));
+                smol::Timer::after(GOODBYE_PATIENCE).await;
+                return String::new();
+            }
             Err(why) => return why,
         };
         context.tell(input).await;

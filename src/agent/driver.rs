@@ -12,12 +12,12 @@ use log::{debug, info, warn};
 use smol::Timer;
 
 use super::connection::{Connection, OutBatch};
-use super::effects::RunningStops;
+use super::effects::{self, RunningStops};
 use super::status::Status;
 use super::{Context, boot_time, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Stream};
-use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP};
+use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
@@ -70,6 +70,8 @@ pub struct Driver {
     pub(super) connection: Option<Connection>,
     pub(super) connections_made: u64,
     pub(super) running: RunningStops,
+    /// To be recorded, in this order.
+    pub(super) offers: Sender<(Box<TaskOffer>, Origin)>,
     pub(super) spare_buffers: Vec<(Vec<u8>, Vec<outbox::Message>)>,
     stopping: Option<Stopping>,
     last_http_error: Option<String>,
@@ -85,7 +87,12 @@ enum Stopping {
 
 impl Driver {
     pub fn new(context: Rc<Context>, session: Box<Session<Cursor>>, begun: Duration) -> Driver {
+        let (offers, offered) = async_channel::bounded(TASK_QUEUE_MAX);
+        context
+            .clone()
+            .spawn(effects::record_offers(context.clone(), offered));
         Driver {
+            offers,
             incarnation: context.outbox.incarnation().into(),
             context,
             session,
@@ -105,6 +112,7 @@ impl Driver {
 
     /// Runs until an orderly stop is complete.
     pub async fn run(mut self, inputs: Receiver<Input>) {
+        self.context.notifier.serving();
         let appended = self.context.outbox.appended();
         loop {
             let now = self.now();
@@ -112,7 +120,9 @@ impl Driver {
                 self.carry_out(effect).await;
             }
             let active = self.session.link_state() == LinkState::Active;
-            self.context.watched.set(active);
+            if self.context.watched.replace(active) != active {
+                self.notify(active);
+            }
             if self.stop_is_complete(now) {
                 break;
             }
@@ -180,6 +190,7 @@ impl Driver {
         match input {
             Input::DialFailed(id, error) if self.is_current(id) => {
                 self.connection = None;
+                self.context.clock_floor.doubt(&error.why);
                 self.session.dial_failed(&error.why, error.retry_after, now);
             }
             Input::Connected(id) if self.is_current(id) => self.session.connected(now),
@@ -232,6 +243,7 @@ impl Driver {
                 self.session.heartbeat_done(failed, now);
             }
             Input::HttpFailed(why) => {
+                self.context.clock_floor.doubt(&why);
                 // The same trouble is told once.
                 if self.last_http_error.as_deref() == Some(why.as_str()) {
                     debug!("{why}");
@@ -365,6 +377,16 @@ impl Driver {
                     );
                 }
                 given_up
+            }
+        }
+    }
+
+    fn notify(&self, active: bool) {
+        let notifier = &self.context.notifier;
+        match active {
+            true => notifier.connected(),
+            false => {
+                notifier.disconnected(self.session.last_error().unwrap_or("the session ended"))
             }
         }
     }

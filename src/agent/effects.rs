@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use async_channel::Receiver;
 use async_channel::TrySendError;
 use log::warn;
 
@@ -15,7 +16,7 @@ use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids};
 use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX};
 use crate::net::{Control, NetError};
-use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception};
+use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception, Submitted};
 use crate::session::reports::WaitingFinal;
 use crate::session::tasks::QueuedTask;
 use crate::session::{Ack, Effect, Origin, Recorded};
@@ -109,7 +110,8 @@ impl Driver {
                 told("drop a final", context.outbox.drop_final(key).await);
             }),
             Effect::Record { offer, origin } => {
-                context.clone().spawn(record(context, *offer, origin));
+                // The session bounds them; only at the end is nobody there.
+                let _ = self.offers.try_send((offer, origin));
             }
             Effect::Start(queued) => {
                 let (stop, stopped) = async_channel::bounded(1);
@@ -236,29 +238,60 @@ async fn offer(
     }
 }
 
-/// Records an offered task durably. A command that can never run ends at once.
-async fn record(context: Rc<Context>, offer: TaskOffer, origin: Origin) {
-    let ids = Arc::new(offer.ids);
-    let unusable = if offer.command.len() > COMMAND_BYTES_MAX {
+/// Hands offered tasks to the store in the order in which they came.
+pub(super) async fn record_offers(
+    context: Rc<Context>,
+    offers: Receiver<(Box<TaskOffer>, Origin)>,
+) {
+    while let Ok((offer, origin)) = offers.recv().await {
+        let unusable = why_unusable(&offer.command);
+        let (ids, priority, timeout_seconds) = (offer.ids, offer.priority, offer.timeout_seconds);
+        let receipt = Receipt {
+            ids: ids.clone(),
+            command: match &unusable {
+                Some(_) => task::UNUSABLE.to_vec(),
+                None => offer.command.into_bytes(),
+            },
+            priority,
+            timeout_seconds,
+            received_at_ms: Timestamp::now().0,
+        };
+        let submitted = context.outbox.submit(receipt).await;
+        let task = QueuedTask {
+            ids: Arc::new(ids),
+            priority,
+            timeout_seconds,
+        };
+        let context = context.clone();
+        context
+            .clone()
+            .spawn(record(context, task, unusable, submitted, origin));
+    }
+}
+
+/// Why a command can never run.
+fn why_unusable(command: &str) -> Option<String> {
+    if command.len() > COMMAND_BYTES_MAX {
         Some(format!(
             "the command is longer than {COMMAND_BYTES_MAX} bytes"
         ))
-    } else if offer.command.contains('\0') {
+    } else if command.contains('\0') {
         Some("the command contains a NUL character".to_owned())
     } else {
         None
-    };
-    let receipt = Receipt {
-        ids: Ids::clone(&ids),
-        command: match &unusable {
-            Some(_) => task::UNUSABLE.to_vec(),
-            None => offer.command.into_bytes(),
-        },
-        priority: offer.priority,
-        timeout_seconds: offer.timeout_seconds,
-        received_at_ms: Timestamp::now().0,
-    };
-    let outcome = match context.outbox.receive(receipt).await {
+    }
+}
+
+/// Waits until a task is recorded. A command that can never run ends at once.
+async fn record(
+    context: Rc<Context>,
+    task: QueuedTask,
+    unusable: Option<String>,
+    submitted: Submitted,
+    origin: Origin,
+) {
+    let ids = task.ids.clone();
+    let outcome = match submitted.recorded().await {
         Ok(Reception::New) => match &unusable {
             None => Recorded::New,
             Some(why) => {
@@ -278,11 +311,6 @@ async fn record(context: Rc<Context>, offer: TaskOffer, origin: Origin) {
             warn!("task {ids}: refused, it cannot be recorded: {error}");
             Recorded::NoRoom
         }
-    };
-    let task = QueuedTask {
-        ids,
-        priority: offer.priority,
-        timeout_seconds: offer.timeout_seconds,
     };
     context.tell(Input::Recorded(task, outcome, origin)).await;
 }

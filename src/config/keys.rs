@@ -10,7 +10,7 @@ pub const OF_TASKS: [&str; 3] = [
     "HOSTLINK_TASK_MARK",
 ];
 
-pub const KEYS: [&str; 44] = [
+pub const KEYS: [&str; 45] = [
     "SH_CONTROL_PLANE_URL",
     "HOSTLINK_WS_URL",
     "HOSTLINK_WS_ENABLED",
@@ -51,6 +51,7 @@ pub const KEYS: [&str; 44] = [
     "HOSTLINK_CA_FILE",
     "HOSTLINK_CLIENT_CERT",
     "HOSTLINK_CLIENT_KEY",
+    "HOSTLINK_SET_CLOCK",
     "HTTPS_PROXY",
     "HTTP_PROXY",
     "NO_PROXY",

@@ -66,6 +66,7 @@ pub struct WsReader {
     socket: WebSocketStream<ReadSide>,
     replies: Sender<Reply>,
     messages_in_turn: u32,
+    says_goodbye: bool,
 }
 
 /// Consumed by [`super::write_loop`].
@@ -143,10 +144,13 @@ async fn upgrade(
         budget_bytes: READ_TURN_BYTES,
     };
     let upgraded = client_async_with_config(request, side, Some(config())).await;
-    let (mut socket, _) = upgraded.map_err(|error| match error {
+    let (mut socket, response) = upgraded.map_err(|error| match error {
         tungstenite::Error::Http(response) => refused(&response, url, signer),
         error => failed(explained(&error)),
     })?;
+    let date = response.headers().get(http::header::DATE);
+    let date = date.and_then(|date| date.to_str().ok());
+    signer.clock().told(date, url.tls);
     let half = socket.get_mut().handshake.take();
     let half = half.ok_or_else(|| failed("the handshake lost its stream".to_string()))?;
     let (reply_sender, replies) = async_channel::bounded(1);
@@ -159,6 +163,7 @@ async fn upgrade(
         socket,
         replies: reply_sender,
         messages_in_turn: 0,
+        says_goodbye: false,
     };
     Ok((writer, reader))
 }
@@ -271,8 +276,14 @@ impl WsReader {
         }
     }
 
+    /// Whether a close is on its way: the write loop ends by itself when it is written.
+    pub fn says_goodbye(&self) -> bool {
+        self.says_goodbye
+    }
+
     /// Replaces a reply that is not written yet. A write loop that has ended needs none.
-    fn reply(&self, reply: Reply) {
+    fn reply(&mut self, reply: Reply) {
+        self.says_goodbye |= matches!(reply, Reply::Close(_));
         let _ = self.replies.force_send(reply);
     }
 }
@@ -356,5 +367,7 @@ impl AsyncWrite for ReadSide {
     }
 }
 
+#[cfg(test)]
+mod conformance;
 #[cfg(test)]
 mod tests;

@@ -1,103 +1,10 @@
-//! Crashes at every call, damage, faults and random histories, against the model.
+//! Crashes at every call, damage and faults, against the model.
 
 use super::model::{Tester, bounds, command, content, final_of, ids, number_of};
 use super::recovery;
 use super::sim::{Fault, Keep, Random, SimDisk, SimIndex};
 use super::types::*;
 use crate::ids::Stream;
-
-/// Of each of the three tests below, when nothing else is said.
-const HISTORIES: u64 = 3_334;
-
-/// One random history with crashes, also inside the recovery. Fails with the seed.
-fn history(seed: u64, cap_bytes: u64) {
-    let random = &mut Random::new(seed);
-    let mut tester = Tester::new(cap_bytes);
-    for _ in 0..4 {
-        let crashes = random.below(4) > 0;
-        if crashes {
-            tester.disk.set_fault(random.below(120), Fault::Crash);
-        } else if random.below(2) == 0 {
-            let count = 1 + random.below(5);
-            let fault = match random.below(2) {
-                0 => Fault::Io(count),
-                _ => Fault::NoSpace(count),
-            };
-            tester.disk.set_fault(random.below(60), fault);
-        }
-        for _ in 0..random.below(80) {
-            tester.step(random);
-        }
-        if random.below(5) == 0 {
-            tester.close();
-        }
-        if random.below(3) == 0 {
-            tester.kill();
-            assert!(tester.open());
-            // What is sent now is relied on, whatever happens next.
-            tester.settle();
-            tester.check();
-        }
-        let keep = match random.below(5) {
-            0 => Keep::Nothing,
-            1 => Keep::Everything,
-            2 => Keep::FirstHalf,
-            3 => Keep::LastHalf,
-            _ if random.below(2) == 0 => Keep::Pages(random.below(1 << 32)),
-            _ => Keep::Some(random.below(1 << 32)),
-        };
-        tester.crash(keep);
-        if random.below(2) == 0 {
-            tester.disk.set_fault(random.below(20), Fault::Crash);
-            let _ = tester.open();
-            tester.crash(Keep::Some(random.below(1 << 32)));
-        }
-        assert!(tester.open(), "seed {seed}: a good disk opens");
-        tester.settle();
-        tester.check();
-    }
-}
-
-/// `HOSTLINK_HISTORIES` makes the run longer, and `HOSTLINK_HISTORY_SEED` is the first seed:
-/// `HOSTLINK_HISTORIES=100000 cargo test --release --lib outbox::crashes`.
-fn histories(cap_bytes: u64) {
-    let number = |name: &str, default: u64| match std::env::var(name) {
-        Ok(text) => text
-            .parse()
-            .unwrap_or_else(|_| panic!("{name} is a number")),
-        Err(_) => default,
-    };
-    let first = number("HOSTLINK_HISTORY_SEED", 0);
-    let count = number("HOSTLINK_HISTORIES", HISTORIES);
-    for seed in first..first + count {
-        let run = std::panic::catch_unwind(|| history(seed, cap_bytes));
-        assert!(
-            run.is_ok(),
-            "history {seed} with a cap of {cap_bytes} bytes failed"
-        );
-        if count > 10 * HISTORIES && (seed + 1 - first).is_multiple_of(HISTORIES) {
-            eprintln!(
-                "{} histories with a cap of {cap_bytes} bytes",
-                seed + 1 - first
-            );
-        }
-    }
-}
-
-#[test]
-fn random_histories_keep_every_promise() {
-    histories(1 << 20);
-}
-
-#[test]
-fn random_histories_in_more_segments_keep_every_promise() {
-    histories(256 << 10);
-}
-
-#[test]
-fn random_histories_in_little_space_keep_every_promise() {
-    histories(96 << 10);
-}
 
 /// A life of several attempts, each step of which a crash may interrupt.
 fn scripted(tester: &mut Tester) {
@@ -165,34 +72,46 @@ fn a_crash_at_each_call_keeps_every_promise() {
     }
 }
 
+/// After each crash of the script the power fails again, after each call of the recovery.
 #[test]
 fn a_crash_at_each_call_of_the_recovery_keeps_every_promise() {
-    let mut call = 0;
-    loop {
-        let mut reached = false;
-        for crashed_at in (5..110).step_by(7) {
+    let mut whole = Tester::new(64 << 10);
+    let before = whole.disk.calls();
+    scripted(&mut whole);
+    let calls = whole.disk.calls() - before;
+    let mut longest = 0;
+    for crashed_at in 0..=calls {
+        let mut crashed = Tester::new(64 << 10);
+        crashed.disk.set_fault(crashed_at, Fault::Crash);
+        scripted(&mut crashed);
+        crashed.crash(Keep::Some(crashed_at));
+        for call in 0.. {
+            let mut reached = false;
             for keep in [Keep::Nothing, Keep::Everything, Keep::Some(call)] {
-                let mut tester = Tester::new(64 << 10);
-                tester.disk.set_fault(crashed_at, Fault::Crash);
-                scripted(&mut tester);
-                tester.crash(Keep::Some(crashed_at));
+                let mut tester = crashed.fork();
                 let before = tester.disk.calls();
                 tester.disk.set_fault(call, Fault::Crash);
-                if !tester.open() || tester.disk.calls() > before + call {
-                    reached = true;
-                }
-                tester.crash(keep);
-                tester.open();
-                tester.settle();
-                tester.check();
+                let run = || {
+                    let opened = tester.open();
+                    reached |= !opened || tester.disk.calls() > before + call;
+                    tester.crash(keep);
+                    assert!(tester.open());
+                    tester.settle();
+                    tester.check();
+                };
+                let run = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+                assert!(
+                    run.is_ok(),
+                    "crash at {crashed_at}, again at {call}, {keep:?}"
+                );
+            }
+            longest = longest.max(call);
+            if !reached {
+                break;
             }
         }
-        call += 1;
-        if !reached {
-            break;
-        }
     }
-    assert!(call > 5, "recovery works the disk: {call} calls");
+    assert!(longest > 5, "recovery works the disk: {longest} calls");
 }
 
 #[test]
@@ -225,21 +144,10 @@ fn what_is_needed_is_copied_forward() {
     tester.start(running);
 }
 
-/// `HOSTLINK_DAMAGE_STEP=1` flips every bit and cuts at every byte, instead of at some.
-fn damage_steps() -> (usize, usize) {
-    match std::env::var("HOSTLINK_DAMAGE_STEP") {
-        Ok(step) => {
-            let step = step.parse().expect("HOSTLINK_DAMAGE_STEP is a number");
-            (step, step)
-        }
-        Err(_) => (13, 29),
-    }
-}
-
-/// What is left of a store that was damaged must be as it was, and the damage told.
+/// Every bit and every byte. What is left of a store that was damaged must be as it was, and the damage told.
 #[test]
-fn a_flipped_bit_costs_only_what_it_hit() {
-    let mut tester = Tester::new(1 << 20);
+fn any_flipped_bit_and_any_cut_costs_only_what_it_hit() {
+    let mut tester = Tester::new(128 << 10);
     let number = tester.receive();
     tester.start(number);
     for _ in 0..3 {
@@ -254,26 +162,35 @@ fn a_flipped_bit_costs_only_what_it_hit() {
     tester.engine = None;
     let whole = tester.disk.contents(&name);
     let used = whole.iter().rposition(|&byte| byte != 0).expect("content") + 1;
-    let (bits, bytes) = damage_steps();
-    for bit in (0..used * 8).step_by(bits) {
-        let mut damaged = whole.clone();
-        damaged[bit / 8] ^= 1 << (bit % 8);
-        let fork = tester.disk.fork();
+    let disk = &tester.disk;
+    let try_with = |damaged: Vec<u8>, place: usize| {
+        let fork = disk.fork();
         fork.overwrite(&name, damaged);
-        check_damaged(fork, number, other, bit);
-    }
-    for cut in (0..used).step_by(bytes) {
-        let fork = tester.disk.fork();
-        fork.overwrite(&name, whole[..cut].to_vec());
-        check_damaged(fork, number, other, cut);
-    }
+        check_damaged(fork, number, other, place);
+    };
+    const WORKERS: usize = 4;
+    std::thread::scope(|scope| {
+        for worker in 0..WORKERS {
+            let (whole, try_with) = (&whole, &try_with);
+            scope.spawn(move || {
+                for bit in (worker..used * 8).step_by(WORKERS) {
+                    let mut damaged = whole.clone();
+                    damaged[bit / 8] ^= 1 << (bit % 8);
+                    try_with(damaged, bit);
+                }
+                for cut in (worker..used).step_by(WORKERS) {
+                    try_with(whole[..cut].to_vec(), cut);
+                }
+            });
+        }
+    });
 }
 
 fn check_damaged(disk: SimDisk, number: u64, other: u64, place: usize) {
     let opened = recovery::open(
         Box::new(disk.clone()),
         Box::new(SimIndex::open(&disk)),
-        bounds(1 << 20),
+        bounds(128 << 10),
         *b"0123456789abcdef",
         || 1_000,
     );

@@ -66,12 +66,26 @@ pub struct Handle {
     pub(super) incarnations: Arc<Incarnations>,
 }
 
+/// A task on its way to the disk.
+pub struct Submitted(Receiver<Result<Reception, StoreError>>);
+
+impl Submitted {
+    pub async fn recorded(self) -> Result<Reception, StoreError> {
+        self.0.recv().await.unwrap_or(Err(StoreError::Closed))
+    }
+}
+
 impl Handle {
     /// Random name of this store, 16 hexadecimal digits. It changes only when a volatile store
     /// has been left for the disk ([`Handle::reopened`]).
     pub fn incarnation(&self) -> &str {
         let names = &self.incarnations;
         names.second.get().unwrap_or(&names.first)
+    }
+
+    /// The storage thread has ended: every call fails from now on.
+    pub fn is_closed(&self) -> bool {
+        self.commands.is_closed()
     }
 
     /// Gets a signal (at most one waits) when something new to send has been committed.
@@ -88,8 +102,17 @@ impl Handle {
     /// Records a task durably, unless its attempt is known. [`StoreError::Full`] if there is no
     /// room for it and its worst-case final.
     pub async fn receive(&self, receipt: Receipt) -> Result<Reception, StoreError> {
-        self.ask(|reply| Command::Receive(Box::new(receipt), reply))
-            .await?
+        self.submit(receipt).await.recorded().await
+    }
+
+    /// As [`Handle::receive`], without waiting for the disk: what is submitted one after another
+    /// is recorded in this order.
+    pub async fn submit(&self, receipt: Receipt) -> Submitted {
+        let (reply, answer) = async_channel::bounded(1);
+        // A closed store drops the command, and with it the other end.
+        let command = Command::Receive(Box::new(receipt), reply);
+        let _ = self.commands.send(command).await;
+        Submitted(answer)
     }
 
     /// Reads a task that has not started back from the log. `None` if it is not held.

@@ -31,6 +31,8 @@ mod facts;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod handle;
+#[cfg(test)]
+mod histories;
 mod index;
 mod log;
 mod memory;
@@ -60,7 +62,7 @@ use std::sync::{Arc, OnceLock};
 use crate::limits::STORAGE_QUEUE;
 
 pub use disk::lock_folder;
-pub use handle::{Acks, AppendError, FinishError, Handle};
+pub use handle::{Acks, AppendError, FinishError, Handle, Submitted};
 pub use types::*;
 
 /// Opens the index of the store in `dir` and walks it, with a memory limit set on this process.

@@ -1,8 +1,9 @@
 //! Histories that once lost, repeated or held up something, each named after what went wrong.
 
 use super::engine::Engine;
+use super::log::{Segment, file_name};
 use super::model::{Tester, command, ids};
-use super::sim::{Fault, Keep};
+use super::sim::{Fault, Keep, Random};
 use super::types::*;
 use crate::ids::Stream;
 
@@ -287,5 +288,87 @@ fn a_segment_that_cannot_be_synced_is_left_behind() {
         assert_eq!(refused, 1, "call {call}");
         tester.check();
         power_cut(&mut tester, Keep::Nothing);
+    }
+}
+
+/// A generation is known to be used before a unit carries it, so that none is ever used twice.
+#[test]
+fn a_header_is_durable_before_its_first_unit() {
+    let mut begun = 0;
+    for seed in 0..20 {
+        let random = &mut Random::new(seed);
+        let mut tester = Tester::new(96 << 10);
+        for _ in 0..300 {
+            tester.step(random);
+        }
+        let last = tester.engine().log.segments.last();
+        begun += last.map_or(0, Segment::generation);
+        assert_eq!(tester.disk.early_units(), 0, "seed {seed}");
+    }
+    assert!(begun > 60, "{begun} segments were begun");
+}
+
+/// Its unit had failed and its file was removed; a file system that brings the file back must not
+/// bring back what was refused.
+#[test]
+fn a_segment_that_was_passed_over_does_not_come_back() {
+    let mut tester = Tester::new(1 << 20);
+    tester.receive();
+    tester.engine().log.seal_active();
+    let mut other = Tester::new(1 << 20);
+    other.receive();
+    other.engine().log.seal_active();
+    // On one disk the unit is stored, on the other it fails. The header takes one or two calls.
+    let stored = other.receive();
+    let failing = (0..6).find(|&call| {
+        let mut fork = Tester::new(1 << 20);
+        fork.receive();
+        fork.engine().log.seal_active();
+        fork.disk.set_fault(call, Fault::Io(1));
+        let refused = fork.receive();
+        fork.known[&refused].received == (false, true)
+            && fork.disk.names() == tester.disk.names()
+            && fork.engine().log.segments.len() == 1
+    });
+    tester
+        .disk
+        .set_fault(failing.expect("one call is the unit's"), Fault::Io(1));
+    let refused = tester.receive();
+    assert_eq!(refused, stored);
+    tester.disk.clear_fault();
+    let next = tester.receive();
+    let name = file_name(other.engine().log.segments[1].name);
+    let revenant = other.disk.contents(&name);
+    assert!(!tester.disk.names().contains(&name), "it was removed");
+    tester.disk.put_back(&name, revenant);
+    tester.crash(Keep::Everything);
+    assert!(tester.open());
+    assert_eq!(phase(&mut tester, refused), None);
+    assert!(is_queued(&mut tester, next));
+}
+
+/// What the server has acknowledged is not told as lost when its segment is gone.
+#[test]
+fn acknowledged_output_whose_segment_was_retired_is_no_hole() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(256 << 10);
+        let number = tester.receive();
+        tester.start(number);
+        for round in 0.. {
+            tester.append(number, OUT, 5);
+            let last = tester.known[&number].last[0].0;
+            tester.acknowledge(number, OUT, last - 2);
+            let segments = &tester.engine().log.segments;
+            let begun = segments.last().map_or(0, Segment::generation);
+            if begun > segments.len() as u64 + 2 {
+                break;
+            }
+            assert!(round < 2_000, "segments are retired");
+        }
+        power_cut(&mut tester, keep);
+        let mark = &tester.engine().attempts[&ids(number).key()]
+            .stream(OUT)
+            .mark;
+        assert!(!mark.truncated, "{keep:?}: {mark:?}");
     }
 }

@@ -12,26 +12,65 @@ use super::disk::{Disk, DiskFile};
 use super::index::Index;
 use super::memory::MemoryIndex;
 use super::record::Entry;
+use super::segment::HEADER_BYTES;
 use crate::ids::AttemptKey;
 use crate::limits::SECTOR_BYTES;
 
 /// What the page cache writes back at once.
 const PAGE_BYTES: usize = 4096;
 
-/// Small and good enough to choose with; the seed reproduces a run.
+/// Small and good enough to choose with; the seed reproduces a run, and so do its choices.
 #[derive(Clone)]
-pub struct Random(u64);
+pub struct Random {
+    state: u64,
+    /// The choices so far, or those to be made again.
+    choices: Vec<u64>,
+    /// How many of `choices` have been made again; `None` while new ones are noted.
+    replayed: Option<usize>,
+}
 
 impl Random {
     pub fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+        Random {
+            state: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+            choices: Vec::new(),
+            replayed: None,
+        }
+    }
+
+    /// Makes these choices again, and 0 for all that follow.
+    pub fn replay(choices: Vec<u64>) -> Random {
+        Random {
+            state: 1,
+            choices,
+            replayed: Some(0),
+        }
     }
 
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % bound
+        if let Some(at) = &mut self.replayed {
+            *at += 1;
+            return self.choices.get(*at - 1).map_or(0, |choice| choice % bound);
+        }
+        let choice = self.draw() % bound;
+        self.choices.push(choice);
+        choice
+    }
+
+    /// Bytes to fill something with; no choices.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        bytes.fill_with(|| self.draw() as u8);
+    }
+
+    pub fn into_choices(self) -> Vec<u64> {
+        self.choices
+    }
+
+    fn draw(&mut self) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state >> 11
     }
 }
 
@@ -99,6 +138,7 @@ struct World {
     calls: u64,
     fault: Option<(u64, Fault)>,
     bad_file: Option<usize>,
+    early_units: u64,
 }
 
 impl World {
@@ -204,6 +244,18 @@ impl SimDisk {
         self.world().dir.keys().cloned().collect()
     }
 
+    /// Bytes of all files.
+    pub fn bytes(&self) -> u64 {
+        let world = self.world();
+        let len = |file: &usize| world.files[*file].written.len() as u64;
+        world.dir.values().map(len).sum()
+    }
+
+    /// Writes behind a segment's header before that was durable.
+    pub fn early_units(&self) -> u64 {
+        self.world().early_units
+    }
+
     pub fn contents(&self, name: &str) -> Vec<u8> {
         let world = self.world();
         world.files[world.dir[name]].written.clone()
@@ -217,6 +269,17 @@ impl SimDisk {
             durable: bytes,
             unsynced: Vec::new(),
         };
+    }
+
+    /// A file that was removed is there again.
+    pub fn put_back(&self, name: &str, bytes: Vec<u8>) {
+        let mut world = self.world();
+        let number = world.files.len();
+        world.files.push(FileState::default());
+        world.dir.insert(name.to_owned(), number);
+        world.durable_dir.insert(name.to_owned(), number);
+        drop(world);
+        self.overwrite(name, bytes);
     }
 
     /// Loses the index.
@@ -235,6 +298,7 @@ impl SimDisk {
             calls: world.calls,
             fault: None,
             bad_file: world.bad_file,
+            early_units: world.early_units,
         })))
     }
 }
@@ -329,8 +393,12 @@ impl DiskFile for SimFile {
             Err(_) => bytes,
         };
         let file = &mut world.files[self.1];
+        let head = HEADER_BYTES as usize;
+        let is_early =
+            offset >= HEADER_BYTES && file.durable.get(..head) != file.written.get(..head);
         put(&mut file.written, offset as usize, done);
         file.unsynced.push((offset as usize, done.to_vec()));
+        world.early_units += u64::from(is_early);
         verdict
     }
 

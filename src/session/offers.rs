@@ -24,7 +24,7 @@ impl<C: Copy + Ord + Default> Session<C> {
                 warn!(
                     "task {}: refused, {} tasks are waiting already",
                     offer.ids,
-                    self.tasks.queued()
+                    self.tasks.waiting()
                 );
             }
             self.room_wanted = Some(now);
@@ -46,7 +46,7 @@ impl<C: Copy + Ord + Default> Session<C> {
     pub fn recorded(&mut self, task: QueuedTask, outcome: Recorded, origin: Origin, now: Now) {
         let ids = task.ids.clone();
         let key = ids.key();
-        let cancelled = self.tasks.end_recording(key, origin.command_bytes);
+        let (arrival, cancelled) = self.tasks.end_recording(key, origin.command_bytes);
         let answers = self.link.is_active() && ids.has_result_channel();
         match outcome {
             Recorded::New => {
@@ -54,7 +54,7 @@ impl<C: Copy + Ord + Default> Session<C> {
                     self.effects.push_back(Effect::SendReceived(ids.clone()));
                 }
                 match cancelled {
-                    None => self.tasks.push(task),
+                    None => self.tasks.insert(arrival, task),
                     Some(reason) => self.effects.push_back(Effect::Interrupt { ids, reason }),
                 }
             }

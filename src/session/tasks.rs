@@ -27,14 +27,16 @@ pub struct RunningTask {
 #[derive(Debug)]
 struct Recording {
     key: AttemptKey,
+    arrival: u64,
     /// Why it is not to be started.
     cancelled: Option<String>,
 }
 
 #[derive(Debug)]
 pub struct Tasks {
-    /// In order of arrival.
-    queue: Vec<QueuedTask>,
+    /// With their arrival, in order of it.
+    queue: Vec<(u64, QueuedTask)>,
+    next_arrival: u64,
     /// Receipts under way: they will need a place.
     recording: Vec<Recording>,
     /// Their commands.
@@ -48,6 +50,7 @@ impl Tasks {
     pub fn new(concurrency: usize) -> Tasks {
         Tasks {
             queue: Vec::new(),
+            next_arrival: 0,
             recording: Vec::new(),
             recording_bytes: 0,
             running: heapless::Vec::new(),
@@ -58,7 +61,7 @@ impl Tasks {
 
     /// Whether a further attempt may be recorded.
     pub fn has_room(&self) -> bool {
-        !self.stopping && self.queue.len() + self.recording.len() < TASK_QUEUE_MAX
+        !self.stopping && self.waiting() < TASK_QUEUE_MAX
     }
 
     /// Whether a command of this size may be held until it is recorded.
@@ -68,16 +71,29 @@ impl Tasks {
     }
 
     pub fn begin_recording(&mut self, key: AttemptKey, command_bytes: usize) {
-        let cancelled = None;
-        self.recording.push(Recording { key, cancelled });
+        self.next_arrival += 1;
+        self.recording.push(Recording {
+            key,
+            arrival: self.next_arrival,
+            cancelled: None,
+        });
         self.recording_bytes += command_bytes;
     }
 
-    /// The reason, if it was cancelled meanwhile.
-    pub fn end_recording(&mut self, key: AttemptKey, command_bytes: usize) -> Option<String> {
+    /// Its arrival, and the reason if it was cancelled meanwhile.
+    pub fn end_recording(
+        &mut self,
+        key: AttemptKey,
+        command_bytes: usize,
+    ) -> (u64, Option<String>) {
         self.recording_bytes = self.recording_bytes.saturating_sub(command_bytes);
-        let index = self.recording.iter().position(|it| it.key == key)?;
-        self.recording.remove(index).cancelled
+        match self.recording.iter().position(|it| it.key == key) {
+            Some(index) => {
+                let recording = self.recording.remove(index);
+                (recording.arrival, recording.cancelled)
+            }
+            None => (self.next_arrival, None),
+        }
     }
 
     /// Cancels an attempt whose receipt is under way. False if there is none.
@@ -90,16 +106,25 @@ impl Tasks {
         found
     }
 
-    /// Queues a recorded attempt. Recovered ones may be more than [`TASK_QUEUE_MAX`]: they have
-    /// been promised already, and the store bounds them.
+    /// Queues a recovered attempt behind all others. They may be more than [`TASK_QUEUE_MAX`]:
+    /// they have been promised already, and the store bounds them.
     pub fn push(&mut self, task: QueuedTask) {
-        self.queue.push(task);
+        self.next_arrival += 1;
+        self.insert(self.next_arrival, task);
+    }
+
+    /// Queues a recorded attempt by its arrival: receipts may be confirmed in another order.
+    pub fn insert(&mut self, arrival: u64, task: QueuedTask) {
+        let behind = |(other, _): &(u64, QueuedTask)| *other <= arrival;
+        let index = self.queue.partition_point(behind);
+        self.queue.insert(index, (arrival, task));
     }
 
     /// Takes an attempt that has not started out of the queue.
     pub fn remove(&mut self, key: AttemptKey) -> Option<QueuedTask> {
-        let index = self.queue.iter().position(|task| task.ids.key() == key)?;
-        Some(self.queue.remove(index))
+        let mine = |(_, task): &(u64, QueuedTask)| task.ids.key() == key;
+        let index = self.queue.iter().position(mine)?;
+        Some(self.queue.remove(index).1)
     }
 
     /// The next attempt to start, which then holds a place until [`Tasks::ended`].
@@ -107,12 +132,10 @@ impl Tasks {
         if self.stopping || self.running.len() >= self.concurrency {
             return None;
         }
-        let most_urgent = self.queue.iter().map(|task| task.priority).max()?;
-        let index = self
-            .queue
-            .iter()
-            .position(|task| task.priority == most_urgent)?;
-        let task = self.queue.remove(index);
+        let priorities = self.queue.iter().map(|(_, task)| task.priority);
+        let most_urgent = priorities.clone().max()?;
+        let index = priorities.clone().position(|it| it == most_urgent)?;
+        let (_, task) = self.queue.remove(index);
         let place = self.running.push(RunningTask {
             ids: task.ids.clone(),
             key: task.ids.key(),
@@ -146,6 +169,11 @@ impl Tasks {
     pub fn queued(&self) -> usize {
         self.queue.len()
     }
+
+    /// Those that wait for their receipt or their start.
+    pub fn waiting(&self) -> usize {
+        self.queue.len() + self.recording.len()
+    }
 }
 
 #[cfg(test)]
@@ -178,6 +206,22 @@ mod tests {
         assert!(tasks.remove(AttemptKey::of("d", "a")).is_some());
         tasks.ended(AttemptKey::of("c", "a"));
         assert_eq!(started(&mut tasks), None, "the queue is empty");
+    }
+
+    #[test]
+    fn what_is_confirmed_later_keeps_its_place() {
+        let mut tasks = Tasks::new(1);
+        for name in ["a", "b", "c"] {
+            tasks.begin_recording(AttemptKey::of(name, "a"), 0);
+        }
+        for name in ["c", "a", "b"] {
+            let (arrival, _) = tasks.end_recording(AttemptKey::of(name, "a"), 0);
+            tasks.insert(arrival, task(name, 0));
+        }
+        for name in ["a", "b", "c"] {
+            assert_eq!(started(&mut tasks).as_deref(), Some(name));
+            tasks.ended(AttemptKey::of(name, "a"));
+        }
     }
 
     #[test]

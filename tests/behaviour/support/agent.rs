@@ -116,6 +116,8 @@ impl Agent {
             ("HOSTLINK_LOG", "debug"),
             // An agent that is killed leaves its cgroup behind; those who test them clean up.
             ("HOSTLINK_TASK_CGROUP", "off"),
+            // The clock of the machine that runs the tests is not ours.
+            ("HOSTLINK_SET_CLOCK", "false"),
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"),
             ("HOME", "/"),
             ("LANG", "C.UTF-8"),

@@ -9,6 +9,7 @@ use openssl::hash::MessageDigest;
 use openssl::pkcs12::Pkcs12;
 use openssl::pkey::{PKey, Private};
 use openssl::rsa::Rsa;
+use openssl::ssl::{SslAcceptor, SslMethod};
 use openssl::x509::extension::{BasicConstraints, KeyUsage, SubjectAlternativeName};
 use openssl::x509::{X509, X509Builder, X509Name, X509NameBuilder};
 use smol::net::{TcpListener, TcpStream};
@@ -49,24 +50,68 @@ impl TestCa {
 
     /// PKCS#12 of a server certificate for 127.0.0.1 and localhost.
     fn server_identity(&self) -> Vec<u8> {
-        let key = new_key();
-        let issuer = self.certificate.subject_name();
-        let mut builder = builder(&name_of("scripted server"), issuer, &key, 2);
-        let names = SubjectAlternativeName::new()
-            .ip("127.0.0.1")
-            .dns("localhost")
-            .build(&builder.x509v3_context(Some(&self.certificate), None));
-        builder
-            .append_extension(names.expect("valid"))
-            .expect("extension");
-        builder
-            .sign(&self.key, MessageDigest::sha256())
-            .expect("signed");
+        let (key, certificate) = self.certify(Flaw::None);
         let mut identity = Pkcs12::builder();
-        identity.pkey(&key).cert(&builder.build());
+        identity.pkey(&key).cert(&certificate);
         let identity = identity.build2(PASSWORD).expect("PKCS#12");
         identity.to_der().expect("DER")
     }
+
+    /// A server that shows such a certificate.
+    pub fn acceptor(&self, flaw: Flaw) -> SslAcceptor {
+        let (key, certificate) = self.certify(flaw);
+        let method = SslMethod::tls_server();
+        let mut acceptor = SslAcceptor::mozilla_intermediate_v5(method).expect("an acceptor");
+        acceptor.set_private_key(&key).expect("a key");
+        acceptor.set_certificate(&certificate).expect("its own");
+        acceptor.build()
+    }
+
+    fn certify(&self, flaw: Flaw) -> (PKey<Private>, X509) {
+        let key = new_key();
+        let subject = name_of("scripted server");
+        let issuer = match flaw {
+            Flaw::SelfSigned => &*subject,
+            _ => self.certificate.subject_name(),
+        };
+        let mut builder = builder(&subject, issuer, &key, 2);
+        let mut names = SubjectAlternativeName::new();
+        match flaw {
+            Flaw::OtherName => names.dns("somebody.example"),
+            _ => names.ip("127.0.0.1").dns("localhost"),
+        };
+        let names = names.build(&builder.x509v3_context(Some(&self.certificate), None));
+        builder
+            .append_extension(names.expect("valid"))
+            .expect("extension");
+        let (from, to) = match flaw {
+            Flaw::Expired => (Asn1Time::from_unix(0), Asn1Time::from_unix(1_000_000_000)),
+            Flaw::NotYetValid => (Asn1Time::days_from_now(1), Asn1Time::days_from_now(2)),
+            _ => (Asn1Time::from_unix(0), Asn1Time::days_from_now(2)),
+        };
+        let dated = builder.set_not_before(&from.expect("a date"));
+        dated.expect("a date");
+        let dated = builder.set_not_after(&to.expect("a date"));
+        dated.expect("a date");
+        let signer = match flaw {
+            Flaw::SelfSigned => &key,
+            _ => &self.key,
+        };
+        builder
+            .sign(signer, MessageDigest::sha256())
+            .expect("signed");
+        (key, builder.build())
+    }
+}
+
+/// What is wrong with a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flaw {
+    None,
+    Expired,
+    NotYetValid,
+    OtherName,
+    SelfSigned,
 }
 
 fn new_key() -> PKey<Private> {
