@@ -105,6 +105,16 @@ fn every_key_is_shown_with_its_default() {
         ("HOSTLINK_TASK_CONCURRENCY", "1"),
         ("HOSTLINK_TASK_TIMEOUT", "0"),
         ("HOSTLINK_TASK_KILL_GRACE", "10s"),
+        ("HOSTLINK_TASK_LEFTOVERS", "kill"),
+        ("HOSTLINK_TASK_OUTPUT_MAX", "0"),
+        ("HOSTLINK_TASK_USER", ""),
+        ("HOSTLINK_TASK_DIR", ""),
+        ("HOSTLINK_TASK_UMASK", ""),
+        ("HOSTLINK_TASK_NICE", ""),
+        ("HOSTLINK_TASK_CGROUP", "auto"),
+        ("HOSTLINK_TASK_MEMORY_MAX", "0"),
+        ("HOSTLINK_TASK_PIDS_MAX", "0"),
+        ("HOSTLINK_TASK_CPU_MAX", "0"),
         ("HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY", "10s"),
         ("HOSTLINK_CA_FILE", ""),
         ("HOSTLINK_CLIENT_CERT", ""),
@@ -118,7 +128,7 @@ fn every_key_is_shown_with_its_default() {
         let expected = (default.to_owned(), "default".to_owned());
         assert_eq!(setting(&output, key), expected, "{key}");
     }
-    assert_eq!(out(&output).lines().count(), 35);
+    assert_eq!(out(&output).lines().count(), 45);
 }
 
 #[test]
