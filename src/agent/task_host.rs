@@ -74,20 +74,20 @@ fn wanted(config: &Config) -> Bounds {
 /// Names the bounds that were asked for and that nothing keeps.
 fn complain(config: &Config, kept: Bounds, setup: &Setup, reasons: Vec<String>) {
     let wanted = wanted(config);
-    let mut unbounded = Vec::new();
+    let mut not_kept = Vec::new();
     if wanted.memory_bytes != kept.memory_bytes {
-        unbounded.push("HOSTLINK_TASK_MEMORY_MAX");
+        not_kept.push("HOSTLINK_TASK_MEMORY_MAX");
     }
     if wanted.processes.or(setup.processes_max) != kept.processes.or(setup.processes_max) {
-        unbounded.push("HOSTLINK_TASK_PIDS_MAX");
+        not_kept.push("HOSTLINK_TASK_PIDS_MAX");
     }
     if wanted.cpu_percent != kept.cpu_percent {
-        unbounded.push("HOSTLINK_TASK_CPU_MAX");
+        not_kept.push("HOSTLINK_TASK_CPU_MAX");
     }
-    if !unbounded.is_empty() {
+    if !not_kept.is_empty() {
         warn!(
             "tasks run without the bounds {}: {}",
-            unbounded.join(", "),
+            not_kept.join(", "),
             reasons.join("; ")
         );
     }
