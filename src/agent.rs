@@ -4,6 +4,7 @@
 //! - [`driver`]: the one loop that owns the session.
 //! - [`effects`]: what the session wants done, as tasks on the executor.
 //! - [`connection`]: one WebSocket connection and its frames.
+//! - [`task_host`]: what tasks run in, and what is left of old ones.
 //! - [`task`]: one attempt from "about to start" to its stored final.
 //! - [`report`]: finals over HTTP.
 //! - [`frames`]: what is stored, as the wire wants it.
@@ -25,6 +26,7 @@ mod report;
 mod startup;
 pub mod status;
 mod task;
+mod task_host;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -35,9 +37,11 @@ use smol::LocalExecutor;
 
 use self::driver::Input;
 use crate::config::Config;
+use crate::executor::host::Host;
 use crate::{net, outbox};
 
 pub use self::startup::run;
+pub use crate::executor::setup::{COMMAND as TASK_HELPER, run as exec_task};
 
 /// What tasks on the executor need.
 struct Context {
@@ -45,6 +49,8 @@ struct Context {
     agent_id: String,
     executor: Rc<LocalExecutor<'static>>,
     outbox: outbox::Handle,
+    /// Whose processes run.
+    host: Rc<Host>,
     dialer: Rc<net::Dialer>,
     websocket: net::Url,
     api: net::Api,

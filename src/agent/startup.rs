@@ -13,8 +13,9 @@ use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
 use super::notify::Notifier;
-use super::{Context, boot_time, status};
+use super::{Context, boot_time, status, task_host};
 use crate::config::Config;
+use crate::executor::host::Host;
 use crate::limits::REGISTRATION_RETRY_MAX;
 use crate::net::{self, Identity, Url};
 use crate::outbox;
@@ -92,6 +93,11 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         config.control_plane_url
     );
     let (store, recovered) = outbox::open(outbox_settings(&config)).await;
+    let host = Rc::new(task_host::new(&config, identity.fingerprint()));
+    executor
+        .spawn(task_host::collect_orphans(host.clone()))
+        .detach();
+    task_host::end_old_tasks(&host, &recovered).await;
     for ids in &recovered.interrupted {
         warn!("task {ids}: interrupted, the agent or the device stopped while it ran");
     }
@@ -106,6 +112,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         settings,
         identity,
         store: store.clone(),
+        host: host.clone(),
         executor,
         inputs,
     };
@@ -116,6 +123,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     if let Some(context) = parts.register().or(stopped).await {
         Box::pin(serve(Rc::new(context), recovered, to_driver, begun)).await;
     }
+    host.close();
     store.close().await;
     info!("stopped");
     EXIT_OK
@@ -174,6 +182,7 @@ struct Parts {
     settings: net::Settings,
     identity: Identity,
     store: outbox::Handle,
+    host: Rc<Host>,
     executor: Rc<LocalExecutor<'static>>,
     inputs: Sender<Input>,
 }
@@ -203,6 +212,7 @@ impl Parts {
             config: self.config,
             executor: self.executor,
             outbox: self.store,
+            host: self.host,
             dialer,
             websocket,
             signer,
