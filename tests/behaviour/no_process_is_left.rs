@@ -169,6 +169,40 @@ fn kept_daemons_outlive_their_task_other_tasks_and_the_agent() {
 }
 
 #[test]
+fn the_end_of_one_task_ends_nothing_of_another() {
+    let server = ScriptedServer::start();
+    let agent = Agent::with(&server, &[("HOSTLINK_TASK_CONCURRENCY", "2")]);
+    let (of_first, of_second, bare) = (Sleeper::new(), Sleeper::new(), Sleeper::new());
+    let first = Task::new(
+        "first",
+        format!(
+            "{}; {} & echo runs; {}",
+            daemon(&of_first.command()),
+            of_first.command(),
+            agent.hold("first")
+        ),
+    );
+    server.deliver(&first);
+    server.wait_frame("task.output", &first);
+    server.check_eq(of_first.wait_for(2, LEFTOVER_TIME), 2, "of the first");
+    let command = format!(
+        "{}; {}",
+        daemon(&of_second.command()),
+        bare_daemon(&bare.command())
+    );
+    let second = Task::new("second", command);
+    server.deliver(&second);
+    server.wait_end(&second);
+    server.check_eq(of_second.running().len(), 0, "of the second");
+    server.check_eq(of_first.running().len(), 2, "of the first beside it");
+    agent.release("first");
+    server.wait_end(&first);
+    server.check_eq(of_first.running().len(), 0, "of the first at its end");
+    // Nothing tells whose this was, so the last task answers for it.
+    server.check_eq(bare.running().len(), 0, "without a trace");
+}
+
+#[test]
 fn a_timeout_ends_a_task_that_ignores_term_and_its_daemons() {
     let server = ScriptedServer::start();
     let agent = Agent::with(&server, &[("HOSTLINK_TASK_KILL_GRACE", "300ms")]);
