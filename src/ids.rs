@@ -121,6 +121,16 @@ impl Stream {
     }
 }
 
+/// What the processes of an attempt have used; extension `usage`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// From the start to the last chunk.
+    pub wall_ms: u64,
+    pub user_ms: u64,
+    pub system_ms: u64,
+    pub memory_peak_bytes: u64,
+}
+
 /// How an attempt ended (PROTOCOL.md 3, `task.final`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -173,6 +173,7 @@ fn ended() -> Final {
         error: Vec::new(),
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     }
 }
 

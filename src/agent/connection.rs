@@ -13,13 +13,14 @@ use crate::limits::{
 };
 use crate::net::{self, Control, Incoming};
 use crate::outbox;
+use crate::session::Granted;
 use crate::session::delivery::Admission;
 
 /// Messages of one read that are to be sent.
 pub struct OutBatch {
     pub batch: outbox::Batch,
     pub admission: Admission,
-    pub binary_granted: bool,
+    pub granted: Granted,
     pub incarnation: Rc<str>,
 }
 
@@ -137,7 +138,7 @@ async fn send_batches(
                 &out.batch.messages[admitted.index],
                 &out.batch.buffer,
                 admitted.truncated,
-                out.binary_granted,
+                out.granted,
                 &out.incarnation,
                 &context.agent_id,
             );

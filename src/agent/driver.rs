@@ -22,7 +22,7 @@ use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
 use crate::session::tasks::QueuedTask;
-use crate::session::{LinkState, Now, Origin, Recorded, Session};
+use crate::session::{Granted, LinkState, Now, Origin, Recorded, Session};
 use crate::wire::{ServerMessage, TaskOffer};
 
 /// Inputs that are taken in one turn before effects are carried out and others get a chance.
@@ -104,6 +104,10 @@ impl Driver {
             stopping: None,
             last_http_error: None,
         }
+    }
+
+    pub(super) fn granted(&self) -> Granted {
+        self.session.granted()
     }
 
     fn now(&self) -> Now {
@@ -292,7 +296,7 @@ impl Driver {
         let out = OutBatch {
             batch,
             admission,
-            binary_granted: self.session.binary_granted(),
+            granted: self.session.granted(),
             incarnation: self.incarnation.clone(),
         };
         if let Some(connection) = &self.connection {

@@ -178,10 +178,12 @@ impl Driver {
             return;
         };
         let control = connection.control.clone();
+        let granted = self.granted();
         context.clone().spawn(async move {
             if let Some(stored) = context.outbox.final_of(ids.key()).await {
                 let agent_id = &context.agent_id;
-                let frame = frames::encode_stored_final(&ids, &stored.fin, &incarnation, agent_id);
+                let frame =
+                    frames::encode_stored_final(&ids, &stored.fin, granted, &incarnation, agent_id);
                 // The server asked; if it does not read, it will ask again.
                 let _ = control.try_send(Control::Text(frame));
             }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::ids::{AttemptKey, Ids, Stream};
 use crate::outbox::{self, Body, Final, Snapshot};
+use crate::session::Granted;
 use crate::session::delivery::Candidate;
 use crate::wire::agent_message::{
     Capabilities, FinalPayload, LastSequences, ReceivedTask, RunningTask, SpoolStatus,
@@ -40,7 +41,7 @@ pub fn encode(
     message: &outbox::Message,
     payload: &[u8],
     truncated_locally: bool,
-    binary_granted: bool,
+    granted: Granted,
     incarnation: &str,
     agent_id: &str,
 ) -> Vec<u8> {
@@ -59,7 +60,7 @@ pub fn encode(
                 stream: *stream,
                 bytes,
                 truncated_locally,
-                binary_granted,
+                binary_granted: granted.binary_output,
             };
             AgentMessage::Output {
                 ids: &message.ids,
@@ -76,6 +77,7 @@ pub fn encode(
             error,
             output_truncated,
             error_truncated,
+            usage,
         } => {
             let result = FinalPayload {
                 status: *status,
@@ -84,6 +86,7 @@ pub fn encode(
                 error: optional_text(&payload[error.clone()]),
                 output_truncated: *output_truncated,
                 error_truncated: *error_truncated,
+                usage: usage.filter(|_| granted.usage),
             };
             encode_final(&message.ids, &result, incarnation, agent_id)
         }
@@ -91,7 +94,13 @@ pub fn encode(
 }
 
 /// A final outside the order of the log: the answer to a repeated delivery.
-pub fn encode_stored_final(ids: &Ids, fin: &Final, incarnation: &str, agent_id: &str) -> Vec<u8> {
+pub fn encode_stored_final(
+    ids: &Ids,
+    fin: &Final,
+    granted: Granted,
+    incarnation: &str,
+    agent_id: &str,
+) -> Vec<u8> {
     let result = FinalPayload {
         status: fin.status,
         exit_code: fin.exit_code,
@@ -99,6 +108,7 @@ pub fn encode_stored_final(ids: &Ids, fin: &Final, incarnation: &str, agent_id: 
         error: optional_text(&fin.error),
         output_truncated: fin.output_truncated,
         error_truncated: fin.error_truncated,
+        usage: fin.usage.filter(|_| granted.usage),
     };
     encode_final(ids, &result, incarnation, agent_id)
 }
@@ -235,6 +245,8 @@ fn owned_final(fin: &Final) -> FinalPayload<String> {
         error: text(&fin.error),
         output_truncated: fin.output_truncated,
         error_truncated: fin.error_truncated,
+        // Nothing is granted yet.
+        usage: None,
     }
 }
 

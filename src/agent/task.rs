@@ -13,7 +13,7 @@ use smol::Timer;
 use super::driver::Input;
 use super::{Context, report};
 use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop, Usage};
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
+use crate::ids::{self, AttemptKey, FinalStatus, Ids, Stream};
 use crate::limits::{ChunkBatch, KIB, RETRY_AFTER_MAX, STORE_GIVE_UP, STORE_RETRY_DELAY};
 use crate::outbox::{Final, Phase, Start, StoreError};
 use crate::session::reports::ReportResult;
@@ -191,6 +191,12 @@ fn final_of(ended: Ended, bound: usize) -> Final {
     let from_outside =
         matches!(ended.cause, Cause::Stopped(_) | Cause::TimedOut(_)) || ended.out_of_memory;
     let lost = ended.chunks_given_up > 0;
+    let usage = (!matches!(ended.cause, Cause::NotStarted(_))).then(|| ids::Usage {
+        wall_ms: millis(ended.wall),
+        user_ms: millis(ended.usage.user),
+        system_ms: millis(ended.usage.system),
+        memory_peak_bytes: ended.usage.memory_peak_bytes,
+    });
     let mut error = ended.stderr.bytes;
     let mut error_truncated = ended.stderr.truncated;
     if let Some(reason) = reason
@@ -211,7 +217,12 @@ fn final_of(ended: Ended, bound: usize) -> Final {
         error,
         output_truncated: ended.stdout.truncated || lost,
         error_truncated,
+        usage,
     }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The final of an attempt that never ran.
@@ -232,6 +243,7 @@ fn unstarted(status: FinalStatus, reason: &str) -> Final {
         error: reason.as_bytes().to_vec(),
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     }
 }
 

@@ -140,6 +140,7 @@ impl Engine {
             output_truncated: fin.output_truncated,
             error_truncated: fin.error_truncated,
             last: Stream::ALL.map(|stream| attempt.stream(stream).mark.last),
+            usage: fin.usage,
         };
         let record = Record::Final {
             ending,

@@ -284,6 +284,7 @@ impl Final {
             error: Vec::new(),
             output_truncated: true,
             error_truncated: true,
+            usage: None,
         }
     }
 }

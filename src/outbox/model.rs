@@ -9,7 +9,7 @@ use super::engine::{Bounds, Engine};
 use super::recovery;
 use super::sim::{Keep, Random, SimDisk, SimIndex};
 use super::types::*;
-use crate::ids::{FinalStatus, Ids, Stream};
+use crate::ids::{FinalStatus, Ids, Stream, Usage};
 use crate::limits::{Chunk, ChunkBatch, ChunkBuffer};
 
 const SEGMENT_BYTES: u64 = 8 << 10;
@@ -99,6 +99,12 @@ pub fn final_of(number: u64) -> Final {
         error: content(number, Stream::Stderr, 0),
         output_truncated: number.is_multiple_of(2),
         error_truncated: false,
+        usage: number.is_multiple_of(3).then_some(Usage {
+            wall_ms: number,
+            user_ms: 1,
+            system_ms: 2,
+            memory_peak_bytes: u64::MAX - number,
+        }),
     }
 }
 
@@ -422,12 +428,14 @@ impl Tester {
                         exit_code,
                         output,
                         error,
+                        usage,
                         ..
                     } => {
                         let known = &self.known[&number];
                         if *exit_code != -1 {
                             let expected = final_of(number);
                             assert_eq!(*exit_code, expected.exit_code);
+                            assert_eq!(*usage, expected.usage);
                             assert_eq!(batch.buffer[output.clone()], expected.output);
                             assert_eq!(batch.buffer[error.clone()], expected.error);
                         } else {

@@ -171,6 +171,7 @@ impl Engine {
                     error: 0..0,
                     output_truncated: ending.output_truncated,
                     error_truncated: ending.error_truncated,
+                    usage: ending.usage,
                 }
             }
             _ => return None,
@@ -306,6 +307,7 @@ impl Engine {
                     error,
                     output_truncated: ending.output_truncated || !texts_held,
                     error_truncated: ending.error_truncated || !texts_held,
+                    usage: ending.usage,
                 },
                 texts_held,
             });
@@ -320,6 +322,7 @@ impl Engine {
                 error: Vec::new(),
                 output_truncated: true,
                 error_truncated: true,
+                usage: None,
             },
             texts_held: false,
         })

@@ -17,7 +17,7 @@
 //! | 20 | how many | 16 | key |
 //! | 24 | wall clock, ms | 32 | value, u64 |
 
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
+use crate::ids::{AttemptKey, FinalStatus, Ids, Stream, Usage};
 use crate::limits::{ID_BYTES_MAX, SECTOR_BYTES};
 
 pub(super) const UNIT_HEAD_BYTES: usize = 32;
@@ -39,6 +39,8 @@ const NUMBER_MAX: u64 = 1 << 62;
 const FLAG_LAST: u16 = 0x8000;
 const FLAG_OUTPUT_TRUNCATED: u16 = 1;
 const FLAG_ERROR_TRUNCATED: u16 = 2;
+/// Four numbers of what was used stand before the texts.
+const FLAG_USAGE: u16 = 4;
 const FLAG_DROPPED: u16 = 1;
 
 /// State of a stream as far as it cannot be read off its chunks.
@@ -78,6 +80,7 @@ pub(super) struct Ending {
     pub error_truncated: bool,
     /// Last sequence of each stream: a lost tail can be noticed.
     pub last: [u64; 2],
+    pub usage: Option<Usage>,
 }
 
 /// What is remembered of an attempt that is done.
@@ -240,6 +243,17 @@ impl UnitBuffer {
                 out.extend_from_slice(&ending.exit_code.to_le_bytes());
                 out.extend_from_slice(&ending.last[0].to_le_bytes());
                 out.extend_from_slice(&ending.last[1].to_le_bytes());
+                if let Some(used) = ending.usage {
+                    flags |= FLAG_USAGE;
+                    for number in [
+                        used.wall_ms,
+                        used.user_ms,
+                        used.system_ms,
+                        used.memory_peak_bytes,
+                    ] {
+                        out.extend_from_slice(&number.to_le_bytes());
+                    }
+                }
                 out.extend_from_slice(output);
                 out.extend_from_slice(error);
                 (4, None, flags, output.len() as u64)
@@ -422,7 +436,18 @@ impl<'a> Record<'a> {
                 data: body,
             },
             4 => {
-                let texts = body.get(21..)?;
+                let has_usage = head.flags & FLAG_USAGE != 0;
+                let usage = if has_usage {
+                    Some(Usage {
+                        wall_ms: u64_at(body, 21)?,
+                        user_ms: u64_at(body, 29)?,
+                        system_ms: u64_at(body, 37)?,
+                        memory_peak_bytes: u64_at(body, 45)?,
+                    })
+                } else {
+                    None
+                };
+                let texts = body.get(if has_usage { 53 } else { 21 }..)?;
                 let (output, error) = texts.split_at_checked(usize::try_from(head.value).ok()?)?;
                 let ending = Ending {
                     status: status_of(*body.first()?)?,
@@ -430,6 +455,7 @@ impl<'a> Record<'a> {
                     output_truncated: head.flags & FLAG_OUTPUT_TRUNCATED != 0,
                     error_truncated: head.flags & FLAG_ERROR_TRUNCATED != 0,
                     last: [number_at(body, 5)?, number_at(body, 13)?],
+                    usage,
                 };
                 Record::Final {
                     ending,

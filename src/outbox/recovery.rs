@@ -220,6 +220,7 @@ fn interrupt(engine: &mut Engine, key: AttemptKey) {
         error,
         output_truncated,
         error_truncated,
+        usage: None,
     };
     engine.finish(key, fin, None);
 }

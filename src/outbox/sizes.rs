@@ -92,6 +92,7 @@ async fn live(store: Handle, number: usize) {
         error: Vec::new(),
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     };
     assert!(store.finish(key, fin).await.is_ok());
     let acks = [Ack::Final { key }].into_iter().collect();

@@ -72,6 +72,7 @@ fn completed(text: &str) -> Final {
         error: Vec::new(),
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
+use crate::ids::{AttemptKey, FinalStatus, Ids, Stream, Usage};
 
 /// How a store is opened.
 #[derive(Debug, Clone)]
@@ -96,6 +96,8 @@ pub struct Final {
     pub error: Vec<u8>,
     pub output_truncated: bool,
     pub error_truncated: bool,
+    /// `None` if no process ran, or none was there to measure it.
+    pub usage: Option<Usage>,
 }
 
 /// A final as the store knows it.
@@ -234,6 +236,7 @@ pub enum Body {
         error: Range<usize>,
         output_truncated: bool,
         error_truncated: bool,
+        usage: Option<Usage>,
     },
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use log::{info, warn};
 
-use super::{EXTENSIONS, Effect, Lease, Now, Session, Settings, hello};
+use super::{EXTENSIONS, Effect, Granted, Lease, Now, Session, Settings, hello};
 use crate::ids::{AttemptKey, Ids, Stream};
 use crate::limits::{
     BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, OPEN_ATTEMPTS_MAX, PONG_TIMEOUT,
@@ -152,7 +152,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             dial_at: now + delay,
         };
         self.lease = None;
-        self.binary_granted = false;
+        self.granted = Granted::default();
         self.cancel_granted = false;
         self.delivery.end();
         self.gate.session_down(now);
@@ -242,7 +242,10 @@ impl<C: Copy + Ord + Default> Session<C> {
             pinged_at: now,
             proven: false,
         };
-        self.binary_granted = ack.grants("binary_output");
+        self.granted = Granted {
+            binary_output: ack.grants("binary_output"),
+            usage: ack.grants("usage"),
+        };
         self.cancel_granted = ack.grants("cancel");
         self.lease = ack
             .lease_interval_seconds

@@ -86,6 +86,7 @@ mod tests {
                         error: None,
                         output_truncated: false,
                         error_truncated: false,
+                        usage: None,
                     },
                 };
                 finals

@@ -48,7 +48,7 @@ pub use self::connection::LinkState;
 pub type Now = Duration;
 
 /// Extensions that the agent offers (PROTOCOL.md 5).
-pub const EXTENSIONS: [&str; 3] = ["binary_output", "cancel", "lease"];
+pub const EXTENSIONS: [&str; 4] = ["binary_output", "cancel", "lease", "usage"];
 
 /// What the session needs to know of the settings.
 #[derive(Debug, Clone)]
@@ -179,6 +179,13 @@ pub enum Effect<C> {
     Heartbeat,
 }
 
+/// Extensions that change how messages are written (PROTOCOL.md 5).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Granted {
+    pub binary_output: bool,
+    pub usage: bool,
+}
+
 #[derive(Debug)]
 pub struct Session<C> {
     settings: Settings,
@@ -191,7 +198,7 @@ pub struct Session<C> {
     link: Link,
     backoff: Backoff,
     down_since: Now,
-    binary_granted: bool,
+    granted: Granted,
     cancel_granted: bool,
     lease: Option<Lease>,
     delivery: Delivery<C>,
@@ -235,7 +242,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             link,
             backoff: Backoff::new(settings.reconnect_min, settings.reconnect_max),
             down_since: now,
-            binary_granted: false,
+            granted: Granted::default(),
             cancel_granted: false,
             lease: None,
             delivery: Delivery::default(),
@@ -496,9 +503,9 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.gate.is_open(now)
     }
 
-    /// Extension `binary_output` is granted in this session.
-    pub fn binary_granted(&self) -> bool {
-        self.binary_granted
+    /// What is granted in this session.
+    pub fn granted(&self) -> Granted {
+        self.granted
     }
 
     /// Messages and bytes sent and not yet acknowledged.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::envelope::{DecodeError, Empty, Envelope, Header, write_frame};
 use super::text::{Base64, Lossy};
 use super::timestamp::Timestamp;
-use crate::ids::{FinalStatus, Ids, Stream};
+use crate::ids::{FinalStatus, Ids, Stream, Usage};
 
 /// Payload of `agent.hello`: what this device holds and does, at this moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -99,6 +99,9 @@ pub struct FinalPayload<T> {
     pub error: Option<T>,
     pub output_truncated: bool,
     pub error_truncated: bool,
+    /// Extension `usage`, if it was granted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
 }
 
 fn none<T>() -> Option<T> {
@@ -347,6 +350,7 @@ mod tests {
             error: optional_text(b"killed by signal 9"),
             output_truncated: false,
             error_truncated: false,
+            usage: None,
         };
         let frame = encode(AgentMessage::Final {
             ids: &ids(),
@@ -385,6 +389,7 @@ mod tests {
                     error: None,
                     output_truncated: false,
                     error_truncated: false,
+                    usage: None,
                 },
             }],
             unacked_output: vec![],

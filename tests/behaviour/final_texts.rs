@@ -1,9 +1,9 @@
 //! PROTOCOL.md 3, `task.final`, and 4.9: status, exit code and texts.
 
-use hostlink_edge::ids::FinalStatus;
+use hostlink_edge::ids::{FinalStatus, Ids};
 use hostlink_edge::wire::FinalPayload;
 
-use crate::support::{Agent, ScriptedServer, Task};
+use crate::support::{Agent, Answer, Frame, Reaction, ScriptedServer, Task};
 
 fn result(server: &ScriptedServer, task: &Task) -> FinalPayload<String> {
     server.deliver(task);
@@ -19,6 +19,7 @@ fn failed(exit_code: i32, error: &str) -> FinalPayload<String> {
         error: Some(error.to_owned()),
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     }
 }
 
@@ -33,6 +34,7 @@ fn status_exit_code_and_reason() {
         error: None,
         output_truncated: false,
         error_truncated: false,
+        usage: None,
     };
     for (name, command, expected) in [
         ("fine", "echo fine", completed),
@@ -82,6 +84,7 @@ fn texts_are_the_last_bytes_up_to_the_bound_and_flagged() {
             error: Some("short\n".to_owned()),
             output_truncated: true,
             error_truncated: false,
+            usage: None,
         },
         "the tails",
     );
@@ -102,4 +105,63 @@ fn without_room_for_texts_there_are_none() {
     let _agent = Agent::with(&server, &[("HOSTLINK_TASK_FINAL_OUTPUT_BYTES", "0")]);
     let got = result(&server, &Task::new("none", "echo text"));
     server.check_eq((got.output, got.output_truncated), (None, true), "output");
+}
+
+/// Extension `usage`: also in a final that waited for the next agent.
+#[test]
+fn a_server_that_wants_it_learns_what_a_task_has_used() {
+    let server = ScriptedServer::start();
+    server.on_frame(|link, frame| {
+        if frame.hello().is_some() {
+            link.hello_ack(frame, serde_json::json!({"extensions": ["usage"]}));
+            return Reaction::Handled;
+        }
+        let waits = |ids: &Ids| ids.task.as_str() == "task-waits";
+        match frame.result().is_some() && frame.ids().is_some_and(waits) {
+            true => Reaction::Handled,
+            false => Reaction::Default,
+        }
+    });
+    server.on_http(|request| {
+        let reported = request.reported_task().is_some();
+        reported.then(|| Answer::status(503))
+    });
+    let mut agent = Agent::start(&server);
+    let busy = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done; sleep 0.3";
+    let task = Task::new("busy", busy);
+    server.deliver(&task);
+    let used = result_of(&server.wait_final(&task)).usage;
+    let used = used.expect("it was granted");
+    server.check(used.wall_ms >= 300, &format!("wall time: {used:?}"));
+    server.check(used.user_ms > 0, &format!("user time: {used:?}"));
+    server.check(
+        used.wall_ms >= used.user_ms,
+        &format!("one process: {used:?}"),
+    );
+    server.check(
+        used.memory_peak_bytes > 64 * 1024,
+        &format!("memory: {used:?}"),
+    );
+
+    let task = Task::new("waits", busy);
+    server.deliver(&task);
+    let first = result_of(&server.wait_final(&task)).usage;
+    agent.kill();
+    agent.start_again();
+    server.wait_until("the final again", |log| {
+        log.frames_of("task.final", &task.ids).len() == 2
+    });
+    let again = server.look(|log| {
+        let finals = log.frames_of("task.final", &task.ids);
+        finals
+            .iter()
+            .map(|frame| result_of(frame).usage)
+            .collect::<Vec<_>>()
+    });
+    server.check_eq(again, vec![first, first], "usage");
+    server.check(first.is_some(), "it is stored");
+}
+
+fn result_of(frame: &Frame) -> FinalPayload<String> {
+    frame.result().expect("a final").clone()
 }

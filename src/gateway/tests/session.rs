@@ -328,6 +328,7 @@ fn a_restart_keeps_everything_and_the_hello_is_answered_from_it() {
                     error: None,
                     output_truncated: false,
                     error_truncated: false,
+                    usage: None,
                 },
             })
             .to_vec();

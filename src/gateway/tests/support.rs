@@ -343,6 +343,7 @@ impl Wire {
             error: None,
             output_truncated: false,
             error_truncated: false,
+            usage: None,
         };
         let message = AgentMessage::Final {
             ids,

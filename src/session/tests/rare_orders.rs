@@ -186,6 +186,7 @@ fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
             error: None,
             output_truncated: false,
             error_truncated: false,
+            usage: None,
         },
     });
     bench.hello = hello;
@@ -231,6 +232,7 @@ fn a_hello_without_results_carries_no_finals() {
             error: None,
             output_truncated: false,
             error_truncated: false,
+            usage: None,
         },
     });
     bench.connect(HelloAck::default());
