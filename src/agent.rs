@@ -4,23 +4,29 @@
 //! - [`driver`]: the one loop that owns the session.
 //! - [`effects`]: what the session wants done, as tasks on the executor.
 //! - [`connection`]: one WebSocket connection and its frames.
+//! - [`task_host`]: what tasks run in, and what is left of old ones.
 //! - [`task`]: one attempt from "about to start" to its stored final.
 //! - [`report`]: finals over HTTP.
 //! - [`frames`]: what is stored, as the wire wants it.
 //! - [`status`], [`lock`]: what an operator asks, and one agent per state directory.
+//! - [`notify`]: what the service manager is told.
+//! - [`clock_floor`]: a clock that starts in 1970.
 //!
 //! One thread runs everything asynchronous. Tasks talk to the driver through one bounded channel
 //! of [`driver::Input`]s; nothing else is shared but the store's handle and a few cells.
 
+mod clock_floor;
 mod connection;
 mod driver;
 mod effects;
 mod frames;
 pub mod lock;
+mod notify;
 mod report;
 mod startup;
 pub mod status;
 mod task;
+mod task_host;
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -31,9 +37,11 @@ use smol::LocalExecutor;
 
 use self::driver::Input;
 use crate::config::Config;
+use crate::executor::host::Host;
 use crate::{net, outbox};
 
 pub use self::startup::run;
+pub use crate::executor::setup::{COMMAND as TASK_HELPER, run as exec_task};
 
 /// What tasks on the executor need.
 struct Context {
@@ -41,6 +49,8 @@ struct Context {
     agent_id: String,
     executor: Rc<LocalExecutor<'static>>,
     outbox: outbox::Handle,
+    /// Whose processes run.
+    host: Rc<Host>,
     dialer: Rc<net::Dialer>,
     websocket: net::Url,
     api: net::Api,
@@ -48,6 +58,8 @@ struct Context {
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,
+    notifier: Rc<notify::Notifier>,
+    clock_floor: Rc<clock_floor::ClockFloor>,
     /// The agent has been told to stop.
     stopping: Cell<bool>,
 }

@@ -47,6 +47,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Config { check } => show_config(&load(), check),
         Command::Status { json } => show_status(&load(), json),
         Command::CheckIndex(dir) => u8::from(!outbox::check_index(&dir)),
+        Command::ExecTask(arguments) => agent::exec_task(&arguments),
         Command::Operator(command) => run_operator(command),
     }
 }

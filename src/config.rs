@@ -24,8 +24,8 @@ use log::LevelFilter;
 use self::raw::Reader;
 use crate::limits::{
     CHUNK_BYTES_MAX, CONCURRENCY_MAX, FINAL_OUTPUT_BYTES_DEFAULT, FINAL_OUTPUT_BYTES_MAX, KIB,
-    SPOOL_CAP_BYTES_DEFAULT, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN,
-    TERMINAL_RESERVE_BYTES_DEFAULT, TERMINAL_RESERVE_BYTES_MIN,
+    NICE_MAX, SPOOL_CAP_BYTES_DEFAULT, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN, TASK_CPU_MAX,
+    TASK_MEMORY_MIN, TASK_PIDS_MAX, TERMINAL_RESERVE_BYTES_DEFAULT, TERMINAL_RESERVE_BYTES_MIN,
 };
 
 /// Read if it exists and no other file is named.
@@ -43,6 +43,8 @@ pub struct Config {
     pub ws_enabled: bool,
     pub ws_results_enabled: bool,
     pub ws_delivery_enabled: bool,
+    /// Set the system clock forward at the start if it is behind what is known.
+    pub set_clock: bool,
     pub state_path: PathBuf,
     pub private_key_path: PathBuf,
     pub fingerprint_path: PathBuf,
@@ -66,6 +68,23 @@ pub struct Config {
     pub task_concurrency: usize,
     pub task_timeout: Option<Duration>,
     pub task_kill_grace: Duration,
+    /// What a task leaves running when it ends by itself is left alone.
+    pub task_leftovers_keep: bool,
+    /// Bytes of both streams of a task that are stored.
+    pub task_output_max: Option<u64>,
+    /// `name`, `uid` or `uid:gid`.
+    pub task_user: Option<String>,
+    pub task_dir: Option<PathBuf>,
+    pub task_umask: Option<u32>,
+    /// 0 to 19.
+    pub task_nice: Option<u8>,
+    /// Tasks may get cgroups of their own.
+    pub task_cgroup: bool,
+    /// Bytes.
+    pub task_memory_max: Option<u64>,
+    pub task_pids_max: Option<u64>,
+    /// Percent of one CPU.
+    pub task_cpu_max: Option<u64>,
     pub registration_retry_initial_delay: Duration,
     pub ca_file: Option<PathBuf>,
     pub client_cert: Option<PathBuf>,
@@ -181,6 +200,38 @@ pub fn load(
     }
 }
 
+/// Bounds of a task; 0 is none.
+struct TaskLimits {
+    output: Option<u64>,
+    memory: Option<u64>,
+    pids: Option<u64>,
+    cpu: Option<u64>,
+}
+
+impl TaskLimits {
+    fn read(reader: &mut Reader) -> TaskLimits {
+        let mut or_none = |key, expected: &'static str, range| {
+            let value = reader.number_or_off(key, expected, range);
+            Some(value).filter(|value| *value > 0)
+        };
+        let bytes = "a number of bytes";
+        TaskLimits {
+            output: or_none("HOSTLINK_TASK_OUTPUT_MAX", bytes, 1..=u64::MAX),
+            memory: or_none(
+                "HOSTLINK_TASK_MEMORY_MAX",
+                bytes,
+                TASK_MEMORY_MIN..=u64::MAX,
+            ),
+            pids: or_none("HOSTLINK_TASK_PIDS_MAX", "a number", 1..=TASK_PIDS_MAX),
+            cpu: or_none(
+                "HOSTLINK_TASK_CPU_MAX",
+                "percent of one CPU",
+                1..=TASK_CPU_MAX,
+            ),
+        }
+    }
+}
+
 fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
     let seconds = Duration::from_secs;
     let millis = Duration::from_millis;
@@ -226,12 +277,15 @@ fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
     let ws_reconnect_max = reader.at_least_min(ws_reconnect_min, ws_reconnect_max);
     let task_timeout = reader.duration("HOSTLINK_TASK_TIMEOUT", Duration::ZERO, values::ANY_TIME);
 
+    let limits = TaskLimits::read(reader);
+
     let config = Config {
         control_plane_url: String::new(),
         ws_url,
         ws_enabled: reader.boolean("HOSTLINK_WS_ENABLED", true),
         ws_results_enabled: reader.boolean("HOSTLINK_WS_RESULTS_ENABLED", true),
         ws_delivery_enabled: reader.boolean("HOSTLINK_WS_DELIVERY_ENABLED", true),
+        set_clock: reader.boolean("HOSTLINK_SET_CLOCK", true),
         private_key_path: reader.path_or("HOSTLINK_PRIVATE_KEY_PATH", state_path.join("agent.key")),
         fingerprint_path: reader.path_or(
             "HOSTLINK_FINGERPRINT_PATH",
@@ -284,6 +338,16 @@ fn read_all(reader: &mut Reader) -> (Local, Result<Config, ConfigError>) {
             seconds(10),
             Duration::ZERO..=minutes(5),
         ),
+        task_leftovers_keep: reader.choice("HOSTLINK_TASK_LEFTOVERS", &["kill", "keep"]) == "keep",
+        task_output_max: limits.output,
+        task_user: reader.text("HOSTLINK_TASK_USER"),
+        task_dir: reader.path("HOSTLINK_TASK_DIR"),
+        task_umask: reader.octal_or_unset("HOSTLINK_TASK_UMASK", 0o777),
+        task_nice: reader.small_or_unset("HOSTLINK_TASK_NICE", NICE_MAX),
+        task_cgroup: reader.choice("HOSTLINK_TASK_CGROUP", &["auto", "off"]) == "auto",
+        task_memory_max: limits.memory,
+        task_pids_max: limits.pids,
+        task_cpu_max: limits.cpu,
         registration_retry_initial_delay: reader.duration(
             "HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY",
             seconds(10),

@@ -60,6 +60,46 @@ pub const EXIT_POLL_INTERVAL: Duration = Duration::from_millis(20);
 pub const GROUP_POLL_INTERVAL_MIN: Duration = Duration::from_millis(2);
 pub const GROUP_POLL_INTERVAL_MAX: Duration = Duration::from_millis(100);
 
+/// What a task leaves behind gets this long from TERM to KILL: its shell has ended, so nobody
+/// waits for a result.
+pub const LEFTOVER_GRACE: Duration = Duration::from_millis(500);
+
+/// A killed process that is still there after this hangs in the kernel, and is not waited for.
+pub const KILL_PATIENCE: Duration = Duration::from_secs(2);
+
+/// From the exit of an orphan of a task to its collection.
+pub const COLLECT_DELAY: Duration = Duration::from_millis(100);
+
+/// Looks for processes that are not stopped yet, before those that are get killed.
+pub const STOP_ROUNDS_MAX: usize = 50;
+
+/// Processes that one look at the system takes in; the next look finds the others.
+pub const PROCESSES_SEEN_MAX: usize = 16 * KIB;
+
+/// What is read of a process's environment.
+pub const ENVIRONMENT_BYTES_READ: u64 = MIB as u64;
+
+/// Cgroups of one agent, or below that of one task, that are looked into.
+pub const CGROUPS_VISITED_MAX: usize = 1024;
+
+/// Added to the agent's `oom_score_adj` for its tasks: as if they held half of the memory more.
+pub const OOM_SCORE_OF_TASKS: i32 = 500;
+pub const OOM_SCORE_MAX: i32 = 1000;
+
+/// The lowest priority of the scheduler (`HOSTLINK_TASK_NICE`).
+pub const NICE_MAX: u8 = 19;
+/// Less memory than this starts no shell (`HOSTLINK_TASK_MEMORY_MAX`).
+pub const TASK_MEMORY_MIN: u64 = MIB as u64;
+/// Processes of a task: more than `PID_MAX_LIMIT` of Linux cannot be (`HOSTLINK_TASK_PIDS_MAX`).
+pub const TASK_PIDS_MAX: u64 = 4 * MIB as u64;
+/// Percent of one CPU: a thousand CPUs (`HOSTLINK_TASK_CPU_MAX`).
+pub const TASK_CPU_MAX: u64 = 100_000;
+
+/// What is read of `/etc/passwd` and of `/etc/group`; entries behind it are not found.
+pub const ACCOUNT_FILE_BYTES_MAX: u64 = MIB as u64;
+/// Supplementary groups that a task gets (`NGROUPS_MAX` of old kernels).
+pub const GROUPS_MAX: usize = 32;
+
 /// A task that is dropped while it runs is killed and waited for in place, this many times
 /// [`GROUP_POLL_INTERVAL_MIN`] at most: the thread stands still meanwhile.
 pub const DROPPED_TASK_LOOKS: u32 = 5;
@@ -124,6 +164,10 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(20);
 pub const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 /// A socket write that makes no progress.
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// The server's time is written to disk no more often: flash wears.
+pub const SERVER_TIME_WRITE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// A number of seconds, and no more.
+pub const CLOCK_FILE_BYTES_MAX: u64 = 32;
 /// For a last close frame: whoever it is for may not read any more.
 pub const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 /// A session that was active this long resets the reconnect backoff.
@@ -290,6 +334,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //
 //   executor   CONCURRENCY_MAX × 2 streams × (CHUNKS_WAITING_MAX + 1) × CHUNK_BYTES_MAX   1,152 KiB
 //              CONCURRENCY_MAX × 2 tails × FINAL_OUTPUT_BYTES_DEFAULT                       512 KiB
+//              one look at PROCESSES_SEEN_MAX processes, while something is ended            640 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
 //              one segment read for replay                                                  520 KiB

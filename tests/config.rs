@@ -109,6 +109,7 @@ fn every_key_is_shown_with_its_default() {
         ("HOSTLINK_CA_FILE", ""),
         ("HOSTLINK_CLIENT_CERT", ""),
         ("HOSTLINK_CLIENT_KEY", ""),
+        ("HOSTLINK_SET_CLOCK", "true"),
         ("HTTPS_PROXY", ""),
         ("HTTP_PROXY", ""),
         ("NO_PROXY", ""),
@@ -117,7 +118,7 @@ fn every_key_is_shown_with_its_default() {
         let expected = (default.to_owned(), "default".to_owned());
         assert_eq!(setting(&output, key), expected, "{key}");
     }
-    assert_eq!(out(&output).lines().count(), 34);
+    assert_eq!(out(&output).lines().count(), 35);
 }
 
 #[test]

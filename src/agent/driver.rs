@@ -112,6 +112,7 @@ impl Driver {
 
     /// Runs until an orderly stop is complete.
     pub async fn run(mut self, inputs: Receiver<Input>) {
+        self.context.notifier.serving();
         let appended = self.context.outbox.appended();
         loop {
             let now = self.now();
@@ -119,7 +120,9 @@ impl Driver {
                 self.carry_out(effect).await;
             }
             let active = self.session.link_state() == LinkState::Active;
-            self.context.watched.set(active);
+            if self.context.watched.replace(active) != active {
+                self.notify(active);
+            }
             if self.stop_is_complete(now) {
                 break;
             }
@@ -187,6 +190,7 @@ impl Driver {
         match input {
             Input::DialFailed(id, error) if self.is_current(id) => {
                 self.connection = None;
+                self.context.clock_floor.doubt(&error.why);
                 self.session.dial_failed(&error.why, error.retry_after, now);
             }
             Input::Connected(id) if self.is_current(id) => self.session.connected(now),
@@ -239,6 +243,7 @@ impl Driver {
                 self.session.heartbeat_done(failed, now);
             }
             Input::HttpFailed(why) => {
+                self.context.clock_floor.doubt(&why);
                 // The same trouble is told once.
                 if self.last_http_error.as_deref() == Some(why.as_str()) {
                     debug!("{why}");
@@ -372,6 +377,16 @@ impl Driver {
                     );
                 }
                 given_up
+            }
+        }
+    }
+
+    fn notify(&self, active: bool) {
+        let notifier = &self.context.notifier;
+        match active {
+            true => notifier.connected(),
+            false => {
+                notifier.disconnected(self.session.last_error().unwrap_or("the session ended"))
             }
         }
     }

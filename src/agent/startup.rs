@@ -9,10 +9,13 @@ use futures_lite::{FutureExt, StreamExt};
 use log::{error, info, warn};
 use smol::{LocalExecutor, Timer};
 
+use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
-use super::{Context, boot_time, status};
+use super::notify::Notifier;
+use super::{Context, boot_time, status, task_host};
 use crate::config::Config;
+use crate::executor::host::Host;
 use crate::limits::REGISTRATION_RETRY_MAX;
 use crate::net::{self, Identity, Url};
 use crate::outbox;
@@ -51,6 +54,8 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
             None
         }
     };
+    // Before the first certificate is looked at, and before records are dated.
+    let clock_floor = Rc::new(ClockFloor::at_start(&config.state_path, config.set_clock));
     let settings = match network_settings(&config) {
         Ok(settings) => settings,
         Err(why) => {
@@ -73,8 +78,14 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     };
     let (inputs, to_driver) = async_channel::bounded(INPUTS_WAITING);
     let (terminate, terminated) = async_channel::bounded(1);
+    let notifier = Rc::new(Notifier::from_environment());
     executor
-        .spawn(watch_signals(signals, inputs.clone(), terminate))
+        .spawn(watch_signals(
+            signals,
+            inputs.clone(),
+            terminate,
+            notifier.clone(),
+        ))
         .detach();
     info!(
         "hostlink-edge {} for {}",
@@ -82,14 +93,26 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         config.control_plane_url
     );
     let (store, recovered) = outbox::open(outbox_settings(&config)).await;
+    let host = Rc::new(task_host::new(&config, identity.fingerprint()));
+    executor
+        .spawn(task_host::collect_orphans(host.clone()))
+        .detach();
+    task_host::end_old_tasks(&host, &recovered).await;
     for ids in &recovered.interrupted {
         warn!("task {ids}: interrupted, the agent or the device stopped while it ran");
     }
+    notifier.ready();
+    executor
+        .spawn(notifier.clone().keep_alive(store.clone(), inputs.clone()))
+        .detach();
     let parts = Parts {
         config,
+        notifier,
+        clock_floor,
         settings,
         identity,
         store: store.clone(),
+        host: host.clone(),
         executor,
         inputs,
     };
@@ -100,6 +123,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     if let Some(context) = parts.register().or(stopped).await {
         Box::pin(serve(Rc::new(context), recovered, to_driver, begun)).await;
     }
+    host.close();
     store.close().await;
     info!("stopped");
     EXIT_OK
@@ -132,6 +156,8 @@ async fn serve(
     session.recovered(queued_tasks(recovered));
     let driver = Driver::new(context.clone(), session, begun);
 
+    let (clock_floor, signer) = (context.clock_floor.clone(), context.signer.clone());
+    context.spawn(async move { clock_floor.keep(signer.clock()).await });
     let reopened = async {
         let reopened = context.outbox.reopened();
         while let Ok(recovered) = reopened.recv().await {
@@ -151,9 +177,12 @@ async fn serve(
 
 struct Parts {
     config: Config,
+    notifier: Rc<Notifier>,
+    clock_floor: Rc<ClockFloor>,
     settings: net::Settings,
     identity: Identity,
     store: outbox::Handle,
+    host: Rc<Host>,
     executor: Rc<LocalExecutor<'static>>,
     inputs: Sender<Input>,
 }
@@ -183,11 +212,14 @@ impl Parts {
             config: self.config,
             executor: self.executor,
             outbox: self.store,
+            host: self.host,
             dialer,
             websocket,
             signer,
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
+            notifier: self.notifier,
+            clock_floor: self.clock_floor,
             stopping: Cell::new(false),
         })
     }
@@ -201,7 +233,11 @@ impl Parts {
                 (Some(_), Some(_)) => match api.register(&request).await {
                     Ok(answer) if !answer.id.is_empty() => return answer.id,
                     Ok(_) => "the server's answer names no agent id".to_owned(),
-                    Err(error) => error.to_string(),
+                    Err(error) => {
+                        let why = error.to_string();
+                        self.clock_floor.doubt(&why);
+                        why
+                    }
                 },
                 _ => "HOSTLINK_TOKEN_ID and HOSTLINK_TOKEN_KEY are not both set, and this device \
                       has no agent id yet"
@@ -277,6 +313,7 @@ async fn watch_signals(
     signals: std::io::Result<Signals>,
     inputs: Sender<Input>,
     terminate: Sender<()>,
+    notifier: Rc<Notifier>,
 ) {
     let mut signals = match signals {
         Ok(signals) => signals,
@@ -287,6 +324,7 @@ async fn watch_signals(
     };
     while let Some(signal) = signals.next().await {
         if signal.is_ok() {
+            notifier.stopping();
             let _ = terminate.try_send(());
             let _ = inputs.send(Input::Terminate).await;
         }

@@ -1,6 +1,7 @@
 //! One attempt from "about to start" to its stored final (PROTOCOL.md 4.6, 4.7).
 
 use std::cell::Cell;
+use std::fmt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +12,9 @@ use smol::Timer;
 
 use super::driver::Input;
 use super::{Context, report};
-use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop};
+use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop, Usage};
 use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
-use crate::limits::{ChunkBatch, RETRY_AFTER_MAX, STORE_GIVE_UP, STORE_RETRY_DELAY};
+use crate::limits::{ChunkBatch, KIB, RETRY_AFTER_MAX, STORE_GIVE_UP, STORE_RETRY_DELAY};
 use crate::outbox::{Final, Phase, Start, StoreError};
 use crate::session::reports::ReportResult;
 use crate::session::tasks::QueuedTask;
@@ -104,6 +105,7 @@ async fn execute(
     let ids = &task.ids;
     let config = &context.config;
     let spec = Spec {
+        host: context.host.clone(),
         ids: Ids::clone(ids),
         command,
         timeout: bound_timeout(task.timeout_seconds, config.task_timeout),
@@ -113,6 +115,7 @@ async fn execute(
             threshold: config.flush_threshold,
         },
         tail_bytes: config.final_output_bytes,
+        output_max: config.task_output_max,
     };
     let store = TaskStore {
         context,
@@ -134,9 +137,13 @@ async fn execute(
     };
     let ended = executor::run(spec, &store, controls, on_started).await;
     let seconds = ended.wall.as_secs_f32();
+    let used = Used(ended.usage);
     match ended.reason() {
-        None => info!("task {ids}: completed after {seconds:.1} s"),
-        Some(reason) => info!("task {ids}: ended after {seconds:.1} s: {reason}"),
+        None => info!("task {ids}: completed after {seconds:.1} s{used}"),
+        Some(reason) => info!("task {ids}: ended after {seconds:.1} s{used}: {reason}"),
+    }
+    if ended.is_cut {
+        warn!("task {ids}: it printed more than HOSTLINK_TASK_OUTPUT_MAX, the rest is not kept");
     }
     if ended.chunks_given_up > 0 {
         error!(
@@ -145,6 +152,29 @@ async fn execute(
         );
     }
     final_of(ended, config.final_output_bytes)
+}
+
+/// What a task has used, for people; nothing if no process ran.
+struct Used(Usage);
+
+impl fmt::Display for Used {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Usage {
+            user,
+            system,
+            memory_peak_bytes,
+        } = self.0;
+        if self.0 == Usage::default() {
+            return Ok(());
+        }
+        write!(
+            f,
+            " (cpu {:.2} s user, {:.2} s system; memory {} KiB at most)",
+            user.as_secs_f32(),
+            system.as_secs_f32(),
+            memory_peak_bytes / KIB as u64
+        )
+    }
 }
 
 /// The shorter of the task's own bound and that of the settings.
@@ -158,7 +188,8 @@ fn bound_timeout(of_task: Option<u64>, of_settings: Option<Duration>) -> Option<
 fn final_of(ended: Ended, bound: usize) -> Final {
     let (status, exit_code) = ended.status();
     let reason = ended.reason();
-    let from_outside = matches!(ended.cause, Cause::Stopped(_) | Cause::TimedOut(_));
+    let from_outside =
+        matches!(ended.cause, Cause::Stopped(_) | Cause::TimedOut(_)) || ended.out_of_memory;
     let lost = ended.chunks_given_up > 0;
     let mut error = ended.stderr.bytes;
     let mut error_truncated = ended.stderr.truncated;
@@ -315,8 +346,11 @@ mod tests {
                 truncated,
             },
             last_sequence: [0, 0],
+            is_cut: false,
             chunks_given_up: 0,
             wall: Duration::ZERO,
+            usage: Usage::default(),
+            out_of_memory: false,
         }
     }
 

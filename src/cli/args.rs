@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use lexopt::prelude::*;
 
+use crate::agent;
+
 pub struct Arguments {
     pub command: Command,
     /// `--config FILE`
@@ -23,6 +25,8 @@ pub enum Command {
     },
     /// Used by the agent itself, in a child process.
     CheckIndex(PathBuf),
+    /// The new process of a task sets itself up.
+    ExecTask(Vec<OsString>),
     Operator(Operator),
 }
 
@@ -191,6 +195,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Arguments,
         "submit" => submit(&mut parser)?,
         "agents" => agents(&mut parser)?,
         "help" => Parsed::Help(help(&mut parser)?),
+        agent::TASK_HELPER => {
+            let arguments = parser.raw_args()?.collect();
+            Parsed::Command(Command::ExecTask(arguments))
+        }
         "__check-index" => Parsed::Command(Command::CheckIndex(parser.value()?.into())),
         other => return Err(format!("unknown command `{other}`").into()),
     };

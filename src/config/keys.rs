@@ -4,9 +4,13 @@
 pub const PREFIX: &str = "HOSTLINK_";
 
 /// Set by the agent for its tasks; met when an agent is started by a task.
-pub const OF_TASKS: [&str; 2] = ["HOSTLINK_TASK_ID", "HOSTLINK_ATTEMPT_ID"];
+pub const OF_TASKS: [&str; 3] = [
+    "HOSTLINK_TASK_ID",
+    "HOSTLINK_ATTEMPT_ID",
+    "HOSTLINK_TASK_MARK",
+];
 
-pub const KEYS: [&str; 34] = [
+pub const KEYS: [&str; 45] = [
     "SH_CONTROL_PLANE_URL",
     "HOSTLINK_WS_URL",
     "HOSTLINK_WS_ENABLED",
@@ -33,10 +37,21 @@ pub const KEYS: [&str; 34] = [
     "HOSTLINK_TASK_CONCURRENCY",
     "HOSTLINK_TASK_TIMEOUT",
     "HOSTLINK_TASK_KILL_GRACE",
+    "HOSTLINK_TASK_LEFTOVERS",
+    "HOSTLINK_TASK_OUTPUT_MAX",
+    "HOSTLINK_TASK_USER",
+    "HOSTLINK_TASK_DIR",
+    "HOSTLINK_TASK_UMASK",
+    "HOSTLINK_TASK_NICE",
+    "HOSTLINK_TASK_CGROUP",
+    "HOSTLINK_TASK_MEMORY_MAX",
+    "HOSTLINK_TASK_PIDS_MAX",
+    "HOSTLINK_TASK_CPU_MAX",
     "HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY",
     "HOSTLINK_CA_FILE",
     "HOSTLINK_CLIENT_CERT",
     "HOSTLINK_CLIENT_KEY",
+    "HOSTLINK_SET_CLOCK",
     "HTTPS_PROXY",
     "HTTP_PROXY",
     "NO_PROXY",

@@ -228,6 +228,74 @@ impl Reader {
         )
     }
 
+    /// A number, or 0 for no bound.
+    pub fn number_or_off(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        range: RangeInclusive<u64>,
+    ) -> u64 {
+        match self.get(key) {
+            Some((text, _)) if values::number(&text) != Some(0) => {
+                let expected = format!("0 for no bound or {expected}");
+                let show = u64::to_string;
+                // What cannot be read bounds nothing, as if it were not there.
+                let parse = |text: &str| values::number(text);
+                match parse(&text) {
+                    Some(_) => self.read_in_range(key, 0, &range, &expected, parse, show),
+                    None => self.read(key, 0, &expected, parse, show),
+                }
+            }
+            given => {
+                let source = given.map_or(Source::Default, |(_, source)| source);
+                self.note(key, "0".to_owned(), source);
+                0
+            }
+        }
+    }
+
+    /// A small number that has no default.
+    pub fn small_or_unset(&mut self, key: &'static str, max: u8) -> Option<u8> {
+        let parse = |text: &str| text.parse().ok().filter(|number| *number <= max);
+        let expected = format!("a number (0 to {max})");
+        self.optional(key, &expected, parse, u8::to_string)
+    }
+
+    /// An octal number that has no default.
+    pub fn octal_or_unset(&mut self, key: &'static str, max: u32) -> Option<u32> {
+        let parse = |text: &str| {
+            let number = u32::from_str_radix(text, 8).ok();
+            number.filter(|number| *number <= max)
+        };
+        let expected = format!("an octal number (0 to {max:o})");
+        self.optional(key, &expected, parse, |number| format!("{number:03o}"))
+    }
+
+    fn optional<T: Copy>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        parse: impl Fn(&str) -> Option<T>,
+        show: impl Fn(&T) -> String,
+    ) -> Option<T> {
+        let Some((text, source)) = self.get(key) else {
+            self.note(key, String::new(), Source::Default);
+            return None;
+        };
+        let value = parse(&text);
+        match &value {
+            Some(value) => self.note(key, show(value), source),
+            None => {
+                self.warn(format!(
+                    "{key}={} is not {expected} and was ignored",
+                    shown(key, &text)
+                ));
+                self.note(key, String::new(), Source::Default);
+            }
+        }
+        value
+    }
+
     pub fn count(
         &mut self,
         key: &'static str,

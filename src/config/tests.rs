@@ -299,3 +299,71 @@ fn durations_survive_showing_and_reading() {
         assert_eq!(values::duration(text), None, "{text}");
     }
 }
+
+#[test]
+fn bounds_of_tasks_are_off_unless_they_are_given() {
+    let config = loaded(&[URL]).config.expect("usable");
+    let bounds = (
+        config.task_output_max,
+        config.task_memory_max,
+        config.task_pids_max,
+        config.task_cpu_max,
+    );
+    assert_eq!(bounds, (None, None, None, None));
+    assert_eq!((config.task_umask, config.task_nice), (None, None));
+    assert!(config.task_cgroup && !config.task_leftovers_keep);
+
+    let given = loaded(&[
+        URL,
+        ("HOSTLINK_TASK_OUTPUT_MAX", "5000"),
+        ("HOSTLINK_TASK_MEMORY_MAX", "33554432"),
+        ("HOSTLINK_TASK_PIDS_MAX", "0"),
+        ("HOSTLINK_TASK_CPU_MAX", "150"),
+        ("HOSTLINK_TASK_UMASK", "027"),
+        ("HOSTLINK_TASK_NICE", "19"),
+        ("HOSTLINK_TASK_LEFTOVERS", "keep"),
+    ]);
+    assert_eq!(given.warnings, []);
+    let config = given.config.expect("usable");
+    assert_eq!(config.task_output_max, Some(5000));
+    assert_eq!(config.task_memory_max, Some(33_554_432));
+    assert_eq!(
+        (config.task_pids_max, config.task_cpu_max),
+        (None, Some(150))
+    );
+    assert_eq!(
+        (config.task_umask, config.task_nice),
+        (Some(0o27), Some(19))
+    );
+    assert!(config.task_leftovers_keep);
+}
+
+#[test]
+fn bounds_of_tasks_that_cannot_be_meant_are_told() {
+    let check = |key: &str, value: &str, effective: &str, warning: &str| {
+        let loaded = loaded(&[URL, (key, value)]);
+        let [found] = loaded.warnings.as_slice() else {
+            panic!("{key}={value}: {:?}", loaded.warnings);
+        };
+        assert!(
+            found.0.contains(key) && found.0.contains(warning),
+            "{found}"
+        );
+        let setting = loaded.settings.iter().find(|setting| setting.key == key);
+        assert_eq!(setting.expect("known key").value, effective);
+    };
+    // A bound that was asked for must not become none.
+    check("HOSTLINK_TASK_MEMORY_MAX", "5", "1048576", "out of range");
+    check(
+        "HOSTLINK_TASK_PIDS_MAX",
+        "99999999",
+        "4194304",
+        "out of range",
+    );
+    check("HOSTLINK_TASK_MEMORY_MAX", "32M", "0", "number of bytes");
+    check("HOSTLINK_TASK_CPU_MAX", "half", "0", "percent of one CPU");
+    check("HOSTLINK_TASK_UMASK", "029", "", "octal");
+    check("HOSTLINK_TASK_UMASK", "1000", "", "0 to 777");
+    check("HOSTLINK_TASK_NICE", "-5", "", "0 to 19");
+    check("HOSTLINK_TASK_LEFTOVERS", "burn", "kill", "kill or keep");
+}

@@ -38,11 +38,15 @@ pub struct Capture<'a> {
     pub let_go: Receiver<()>,
     /// Dropped when the stream has reached its end.
     pub reading: Sender<()>,
+    /// Bytes of both streams together that may still be stored.
+    pub room: &'a Cell<u64>,
 }
 
 #[derive(Debug, Default)]
 pub struct Captured {
     pub tail: Tail,
+    /// There was more than the room.
+    pub is_cut: bool,
     pub last_sequence: u64,
     pub chunks_given_up: u64,
 }
@@ -57,9 +61,10 @@ impl Capture<'_> {
         let (stream, ended_at) = (self.stream, self.ended_at);
         let reader = self.read(pipe, full, to_fill);
         let storer = store_chunks(stream, ended_at, store, to_store, free);
-        let (tail, (last_sequence, chunks_given_up)) = future::zip(reader, storer).await;
+        let ((tail, is_cut), (last_sequence, chunks_given_up)) = future::zip(reader, storer).await;
         Captured {
             tail,
+            is_cut,
             last_sequence,
             chunks_given_up,
         }
@@ -70,20 +75,22 @@ impl Capture<'_> {
         pipe: impl AsFd + io::Read,
         full: Sender<Chunk>,
         to_fill: Receiver<Chunk>,
-    ) -> Tail {
+    ) -> (Tail, bool) {
         let mut tail = TailRing::new(self.tail_bytes);
         let mut filling = Filling::new(full, to_fill);
         let read = self.read_to_end(pipe, &mut filling, &mut tail).await;
         filling.flush_all().await;
         let mut tail = tail.finish();
-        if let Err(error) = read {
+        if let Err(error) = &read {
             warn!(
                 "what a task still writes to {} is lost, its pipe cannot be read: {error}",
                 self.stream.as_str()
             );
             tail.truncated = true;
         }
-        tail
+        let is_cut = matches!(read, Ok(Read::Cut));
+        tail.truncated |= is_cut;
+        (tail, is_cut)
     }
 
     async fn read_to_end(
@@ -91,7 +98,7 @@ impl Capture<'_> {
         pipe: impl AsFd + io::Read,
         filling: &mut Filling,
         tail: &mut TailRing,
-    ) -> io::Result<()> {
+    ) -> io::Result<Read> {
         // Larger than the default of 64 KiB: fewer switches between child and agent. A refusal
         // (the user's pipe quota) changes nothing else.
         let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
@@ -116,12 +123,12 @@ impl Capture<'_> {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),
-                Ok(0) => return Ok(()),
+                Ok(0) => return Ok(Read::All),
                 Ok(count) => Some(count),
             };
             let Some(count) = read else {
                 if left_over.is_some() {
-                    return Ok(());
+                    return Ok(Read::All);
                 }
                 let due = filling.can_flush().then(|| {
                     policy
@@ -132,6 +139,15 @@ impl Capture<'_> {
                 continue;
             };
             tail.push(&buffer[..count]);
+            let room = self.room.get();
+            self.room.set(room.saturating_sub(count as u64));
+            if count as u64 > room {
+                filling.add(usize::try_from(room).unwrap_or(count));
+                filling.end_on_a_character();
+                filling.flush().await;
+                self.drain(&pipe, tail).await?;
+                return Ok(Read::Cut);
+            }
             filling.add(count);
             if filling.len() >= threshold {
                 filling.flush().await;
@@ -140,10 +156,43 @@ impl Capture<'_> {
             if let Some(left) = &mut left_over {
                 *left = left.saturating_sub(count);
                 if *left == 0 {
-                    return Ok(());
+                    return Ok(Read::All);
                 }
             }
         }
+    }
+
+    /// Reads on without storing, so that the task is not held up and the final has the last bytes.
+    async fn drain<P: AsFd>(
+        &self,
+        pipe: &Async<PipeReader<P>>,
+        tail: &mut TailRing,
+    ) -> io::Result<()> {
+        let mut scratch = vec![0; CHUNK_BYTES_MAX];
+        let mut left_over = LEFTOVER_PIPE_BYTES;
+        while left_over > 0 {
+            let is_let_go = self.let_go.is_closed();
+            match pipe.get_ref().read_now(&mut scratch) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if is_let_go {
+                        break;
+                    }
+                    self.wait(pipe, None).await?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+                Ok(0) => break,
+                Ok(count) => {
+                    tail.push(&scratch[..count]);
+                    if is_let_go {
+                        left_over = left_over.saturating_sub(count);
+                    }
+                    // Nothing else here makes a task wait that writes without pause.
+                    future::yield_now().await;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Waits for bytes, for the flush, or until the pipe is to be let go.
@@ -169,6 +218,13 @@ impl Capture<'_> {
             FLUSH_INTERVAL_OFFLINE.max(self.flush.interval)
         }
     }
+}
+
+/// How much of a stream was taken in.
+enum Read {
+    All,
+    /// There was more than may be stored.
+    Cut,
 }
 
 const PIPE_BYTES: usize = 256 * 1024;
@@ -215,6 +271,11 @@ impl Filling {
 
     fn add(&mut self, count: usize) {
         self.filled += count;
+    }
+
+    /// Drops the begin of a character that will not be completed.
+    fn end_on_a_character(&mut self) {
+        self.filled = self.complete();
     }
 
     /// Where the next bytes go: up to the threshold, and at least one byte.

@@ -2,20 +2,29 @@
 //! certain.
 //!
 //! - [`script`]: how the command becomes a process.
+//! - [`setup`], [`account`]: what is done in that process first: user, limits, place.
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
-//! - [`process`], [`members`]: signals, exit and reaping; who is left in the group.
+//! - [`process`]: signals, exit and reaping.
+//! - [`host`], [`cgroup`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
+//! - [`record`]: the leaders, for the next start of the agent.
 //! - [`timeout`]: the bound of its run time.
 //!
 //! Invariants: the shell is reaped last, so that its process group id stays its own as long as
 //! signals may be sent; sequences count from 1 without holes; no chunk is dropped while the store
 //! can come back.
 
+pub mod account;
 pub mod capture;
+pub mod cgroup;
+mod ending;
 pub mod flush;
-mod members;
+pub mod host;
 mod process;
+mod procfs;
+mod record;
 mod script;
+pub mod setup;
 pub mod tail;
 #[cfg(test)]
 mod tests;
@@ -32,7 +41,9 @@ use futures_lite::future;
 use smol::Timer;
 
 use self::capture::{Capture, Captured};
+use self::host::{Host, Leftovers};
 use self::process::Group;
+use self::script::Started;
 pub use self::tail::Tail;
 use crate::ids::{FinalStatus, Ids, Stream};
 use crate::limits::{ChunkBatch, LEFTOVER_PIPE_WAIT};
@@ -40,6 +51,7 @@ use crate::limits::{ChunkBatch, LEFTOVER_PIPE_WAIT};
 /// One attempt, ready to run.
 #[derive(Debug, Clone)]
 pub struct Spec {
+    pub host: Rc<Host>,
     pub ids: Ids,
     /// Script text: run by its `#!` interpreter, or by `/bin/sh`.
     pub command: Vec<u8>,
@@ -51,6 +63,8 @@ pub struct Spec {
     pub flush: Flush,
     /// What a final may carry of each stream.
     pub tail_bytes: usize,
+    /// Bytes of both streams that are stored; what comes later is read and dropped.
+    pub output_max: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -104,9 +118,25 @@ pub struct Ended {
     pub stderr: Tail,
     /// Chunks stored of each stream, indexed by [`Stream::index`].
     pub last_sequence: [u64; 2],
+    /// There was more output than [`Spec::output_max`].
+    pub is_cut: bool,
     /// Chunks that the store did not take in [`crate::limits::STORE_GIVE_UP`] after the end.
     pub chunks_given_up: u64,
     pub wall: Duration,
+    pub usage: Usage,
+    /// The kernel has killed in this task for want of memory.
+    pub out_of_memory: bool,
+}
+
+/// What a task has used: all of it where it has a cgroup, else its shell and what the shell has
+/// waited for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub user: Duration,
+    pub system: Duration,
+    /// Never less than what the agent held when it started the task: the kernel counts what a
+    /// process was before it became another program.
+    pub memory_peak_bytes: u64,
 }
 
 impl Ended {
@@ -124,6 +154,14 @@ impl Ended {
 
     /// Why it failed, `None` if it did not (PROTOCOL.md 4.9).
     pub fn reason(&self) -> Option<String> {
+        let reason = self.cause_of_failure()?;
+        Some(match self.out_of_memory {
+            true => format!("{reason}: out of memory, the kernel killed it"),
+            false => reason,
+        })
+    }
+
+    fn cause_of_failure(&self) -> Option<String> {
         match &self.cause {
             Cause::Exited(0) => None,
             Cause::Exited(code) => Some(format!("exit status {code}")),
@@ -146,12 +184,21 @@ pub async fn run(
 ) -> Ended {
     let begun = Instant::now();
     process::collect_dropped();
-    let (mut group, stdout, stderr) = match script::spawn(&spec) {
+    let Started {
+        mut group,
+        stdout,
+        stderr,
+        report,
+    } = match script::spawn(&spec) {
         Ok(started) => started,
-        Err(why) => return not_started(why, begun),
+        Err(why) => {
+            spec.host.leave_cgroup(spec.ids.key());
+            return not_started(why, begun);
+        }
     };
     on_started(group.id());
 
+    let room = Cell::new(spec.output_max.unwrap_or(u64::MAX));
     let ended_at = Cell::new(None);
     let (reading, all_read) = async_channel::bounded(1);
     let (holding, let_go) = async_channel::bounded(1);
@@ -163,6 +210,7 @@ pub async fn run(
         ended_at: &ended_at,
         let_go: let_go.clone(),
         reading,
+        room: &room,
     };
     let out = capture(Stream::Stdout, reading.clone());
     let err = capture(Stream::Stderr, reading);
@@ -176,7 +224,9 @@ pub async fn run(
             Timer::after(LEFTOVER_PIPE_WAIT).await;
         })
         .await;
-        group.kill();
+        if cause.is_some() || spec.host.leftovers == Leftovers::Kill {
+            group.end_leftovers().await;
+        }
         ended_at.set(Some(Instant::now()));
         drop(holding);
         cause
@@ -186,8 +236,23 @@ pub async fn run(
         future::zip(out.run(stdout, store), err.run(stderr, store)),
     )
     .await;
-    let cause = cause.unwrap_or_else(|| group.reap());
-    finish(cause, stdout, stderr, begun)
+    let (status, usage) = group.reap();
+    let failed = report.as_ref().and_then(setup::read_report);
+    let cause = failed.map_or(cause.unwrap_or(status), Cause::NotStarted);
+    let in_cgroup = spec.host.leave_cgroup(spec.ids.key());
+    let mut ended = finish(cause, stdout, stderr, begun);
+    ended.usage = usage;
+    if let Some(used) = in_cgroup {
+        ended.out_of_memory = used.out_of_memory;
+        if let Some((user, system)) = used.user_and_system {
+            ended.usage.user = user;
+            ended.usage.system = system;
+        }
+        // What the kernel counts there holds file pages, too, so the larger is the truth.
+        let peak = used.memory_peak_bytes.unwrap_or(0);
+        ended.usage.memory_peak_bytes = ended.usage.memory_peak_bytes.max(peak);
+    }
+    ended
 }
 
 /// Waits for the end of the shell, or brings it about. `None`: it ended by itself.
@@ -223,8 +288,7 @@ async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Ca
         true
     };
     if !future::or(obeyed, grace).await {
-        group.kill();
-        group.exited().await;
+        group.kill().await;
     }
     Some(cause)
 }
@@ -241,10 +305,13 @@ fn not_started(why: String, begun: Instant) -> Ended {
 fn finish(cause: Cause, stdout: Captured, stderr: Captured, begun: Instant) -> Ended {
     Ended {
         cause,
+        is_cut: stdout.is_cut || stderr.is_cut,
         last_sequence: [stdout.last_sequence, stderr.last_sequence],
         chunks_given_up: stdout.chunks_given_up + stderr.chunks_given_up,
         stdout: stdout.tail,
         stderr: stderr.tail,
         wall: begun.elapsed(),
+        usage: Usage::default(),
+        out_of_memory: false,
     }
 }

@@ -1,5 +1,6 @@
-//! A process group: signals, exit, reaping. The shell is its leader and stays a zombie until
-//! [`Group::reap`], so that nobody else can get its id while signals may be sent to it.
+//! The processes of a task: signals, exit, reaping. The shell leads their group and stays a zombie
+//! until [`Group::reap`], so that nobody else can get its id while signals may be sent to the group.
+//! Those that have left the group are found by [`Host`].
 //!
 //! The exit is told by a pidfd. Where the kernel has none (before 5.3) or forbids it, the leader is
 //! looked at every [`EXIT_POLL_INTERVAL`]: SIGCHLD would need a handler for the whole process, and
@@ -8,6 +9,7 @@
 use std::cell::RefCell;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
+use std::rc::Rc;
 
 use async_io::Async;
 use log::warn;
@@ -16,13 +18,20 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 use smol::Timer;
+use wait4::Wait4;
 
-use super::{Cause, members};
+use super::ending::Hunt;
+use super::host::Host;
+use super::procfs::Process;
+use super::{Cause, Usage};
+use crate::ids::AttemptKey;
 use crate::limits::{
-    DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MAX, GROUP_POLL_INTERVAL_MIN,
+    DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MIN, LEFTOVER_GRACE,
 };
 
 pub struct Group {
+    host: Rc<Host>,
+    key: AttemptKey,
     child: Child,
     leader: Pid,
     /// `None` where the kernel has no pidfd.
@@ -32,19 +41,28 @@ pub struct Group {
 
 impl Group {
     /// The child must lead its own process group.
-    pub fn new(child: Child) -> Group {
+    pub fn new(host: Rc<Host>, key: AttemptKey, child: Child) -> Group {
         let leader = Pid::from_child(&child);
         let exit = pidfd_open(leader, PidfdFlags::NONBLOCK)
             .or_else(|_| pidfd_open(leader, PidfdFlags::empty()))
             .ok()
             .and_then(|fd| Async::new_nonblocking(fd).ok());
-        Group::with(child, exit)
+        Group::with(host, key, child, exit)
     }
 
     /// Without a pidfd the exit is polled.
-    pub(super) fn with(child: Child, exit: Option<Async<OwnedFd>>) -> Group {
+    pub(super) fn with(
+        host: Rc<Host>,
+        key: AttemptKey,
+        child: Child,
+        exit: Option<Async<OwnedFd>>,
+    ) -> Group {
+        let leader = Pid::from_child(&child);
+        host.has_started(leader, key);
         Group {
-            leader: Pid::from_child(&child),
+            host,
+            key,
+            leader,
             child,
             exit,
             reaped: false,
@@ -71,25 +89,38 @@ impl Group {
         }
     }
 
-    /// Waits until the leader has exited and nobody else is alive in the group.
+    /// Waits until the leader has exited and nobody else of the task is alive.
     pub async fn ended(&self) {
         self.exited().await;
-        let mut pause = GROUP_POLL_INTERVAL_MIN;
-        while members::has_living(self.leader) {
-            Timer::after(pause).await;
-            pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
-        }
+        self.hunt().gone().await;
     }
 
     pub fn terminate(&self) {
-        self.signal(Signal::TERM);
+        self.signal_group(Signal::TERM);
+        // Whoever is in the group has it twice, which is the same as once.
+        let mut hunt = self.hunt();
+        hunt.look();
+        hunt.terminate();
     }
 
-    pub fn kill(&self) {
-        self.signal(Signal::KILL);
+    /// Kills everybody, and waits until they are gone and the leader has exited.
+    pub async fn kill(&self) {
+        self.signal_group(Signal::KILL);
+        self.host.kill_cgroup(self.key);
+        self.hunt().kill().await;
+        self.exited().await;
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Ends what is left after the leader's exit.
+    pub async fn end_leftovers(&self) {
+        self.hunt().end(LEFTOVER_GRACE).await;
+    }
+
+    fn hunt(&self) -> Hunt<impl Fn(&[Process]) -> Vec<Process>> {
+        self.host.hunt(self.leader, self.key)
+    }
+
+    fn signal_group(&self, signal: Signal) {
         if !self.reaped {
             // ESRCH only says that the group is empty.
             let _ = kill_process_group(self.leader, signal);
@@ -97,18 +128,27 @@ impl Group {
     }
 
     /// Collects the exit status of the leader, which must have exited.
-    pub fn reap(&mut self) -> Cause {
-        let status = self.child.wait();
+    pub fn reap(&mut self) -> (Cause, Usage) {
+        let ended = self.child.wait4();
         self.reaped = true;
-        match status {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => Cause::Exited(code),
-                (None, Some(signal)) => Cause::Signalled(signal),
-                (None, None) => Cause::Signalled(0),
-            },
+        self.host.has_ended(self.leader);
+        self.host.collect_adopted();
+        match ended {
+            Ok(ended) => {
+                let cause = match (ended.status.code(), ended.status.signal()) {
+                    (Some(code), _) => Cause::Exited(code),
+                    (None, signal) => Cause::Signalled(signal.unwrap_or(0)),
+                };
+                let usage = Usage {
+                    user: ended.rusage.utime,
+                    system: ended.rusage.stime,
+                    memory_peak_bytes: ended.rusage.maxrss,
+                };
+                (cause, usage)
+            }
             Err(error) => {
                 warn!("the exit status of process {} is lost: {error}", self.id());
-                Cause::Signalled(0)
+                (Cause::Signalled(0), Usage::default())
             }
         }
     }
@@ -119,7 +159,12 @@ impl Drop for Group {
         if self.reaped {
             return;
         }
-        self.kill();
+        self.signal_group(Signal::KILL);
+        self.host.kill_cgroup(self.key);
+        for member in self.host.living(self.leader, self.key, &[]) {
+            member.signal(Signal::KILL);
+        }
+        self.host.has_ended(self.leader);
         // Nobody can be awaited here. A killed process is gone within a millisecond or so, unless
         // it sleeps where no signal reaches it: then its zombie is collected later.
         for _ in 0..DROPPED_TASK_LOOKS {
@@ -141,6 +186,11 @@ thread_local! {
 /// Collects what tasks that were dropped have left behind.
 pub fn collect_dropped() {
     DROPPED.with_borrow_mut(|dropped| dropped.retain(|&leader| !collected(leader)));
+}
+
+/// Whether [`collect_dropped`] will collect this child.
+pub fn is_dropped(id: Pid) -> bool {
+    DROPPED.with_borrow(|dropped| dropped.contains(&id))
 }
 
 fn has_exited(leader: Pid) -> bool {

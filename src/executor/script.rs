@@ -6,6 +6,7 @@
 //! the task knows anyway. Where there is no memfd or no `/proc`, the command is given to the shell
 //! as an argument.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -18,7 +19,10 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::Spec;
+use super::account::{Account, Entry};
+use super::host::MARK;
 use super::process::Group;
+use super::setup::{self, Steps};
 use crate::limits::ARGUMENT_BYTES_MAX;
 
 const SHELL: &str = "/bin/sh";
@@ -43,20 +47,48 @@ struct Interpreter<'a> {
     argument: Option<&'a [u8]>,
 }
 
+/// A task that has just been started.
+pub struct Started {
+    pub group: Group,
+    pub stdout: ChildStdout,
+    pub stderr: ChildStderr,
+    /// Where the helper says why no program runs, if there is a helper.
+    pub report: Option<File>,
+}
+
 /// Starts the task. Errors say why no process runs.
-pub fn spawn(spec: &Spec) -> Result<(Group, ChildStdout, ChildStderr), String> {
+pub fn spawn(spec: &Spec) -> Result<Started, String> {
     start(spec, script_file(&spec.command))
 }
 
 /// `script` holds the command, and is inherited from here until it is dropped.
-fn start(spec: &Spec, script: Option<File>) -> Result<(Group, ChildStdout, ChildStderr), String> {
+fn start(spec: &Spec, script: Option<File>) -> Result<Started, String> {
     let interpreter = interpreter(&spec.command);
     let program = interpreter
         .as_ref()
         .map_or(SHELL.as_bytes(), |line| line.path);
-    let mut command = Command::new(std::ffi::OsStr::from_bytes(program));
+    let setup = &spec.host.setup;
+    let account = setup.user.as_deref().map(Account::find).transpose()?;
+    let steps = Steps {
+        setup: setup.clone(),
+        account,
+        cgroup: spec.host.enter_cgroup(spec.ids.key())?,
+    };
+    let is_plain_shell = interpreter.is_none();
+    let by_shell = is_plain_shell.then(|| steps.shell_command(SHELL)).flatten();
+    let mut report = None;
+    let mut command = match by_shell {
+        Some(command) => command,
+        None if steps.is_empty() => Command::new(OsStr::from_bytes(program)),
+        None => {
+            report = setup::report_file();
+            let mut helper = steps.command(report.as_ref());
+            helper.arg(OsStr::from_bytes(program));
+            helper
+        }
+    };
     if let Some(argument) = interpreter.as_ref().and_then(|line| line.argument) {
-        command.arg(std::ffi::OsStr::from_bytes(argument));
+        command.arg(OsStr::from_bytes(argument));
     }
     match &script {
         Some(script) => {
@@ -72,25 +104,38 @@ fn start(spec: &Spec, script: Option<File>) -> Result<(Group, ChildStdout, Child
     for (name, default) in INHERITED {
         command.env(name, std::env::var_os(name).unwrap_or(default.into()));
     }
+    if let Some(account) = &steps.account {
+        let entry = account.entry.clone().unwrap_or_else(|| Entry {
+            name: account.uid.to_string(),
+            home: "/".to_owned(),
+            shell: SHELL.to_owned(),
+        });
+        command
+            .env("HOME", entry.home)
+            .env("USER", entry.name)
+            .env("SHELL", entry.shell);
+    }
     command
+        .env(MARK, spec.host.mark(spec.ids.key()))
         .env("HOSTLINK_TASK_ID", spec.ids.task.as_str())
         .env("HOSTLINK_ATTEMPT_ID", spec.ids.attempt.as_str())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
-    let spawned = command.spawn();
+    let spawned = spec.host.as_first_victim(|| command.spawn());
     drop(script);
-    let mut child = spawned.map_err(|error| {
-        let program = String::from_utf8_lossy(program);
-        format!("cannot run {program:.200}: {error}")
-    })?;
+    let mut child =
+        spawned.map_err(|error| setup::cannot_run(command.get_program().as_bytes(), &error))?;
     let pipes = child.stdout.take().zip(child.stderr.take());
-    let group = Group::new(child);
-    match pipes {
-        Some((stdout, stderr)) => Ok((group, stdout, stderr)),
-        None => Err("the task has no output pipes".to_owned()),
-    }
+    let group = Group::new(spec.host.clone(), spec.ids.key(), child);
+    let (stdout, stderr) = pipes.ok_or("the task has no output pipes")?;
+    Ok(Started {
+        group,
+        stdout,
+        stderr,
+        report,
+    })
 }
 
 /// The `#!` line of a script, if it has one that names a program. As Linux reads it, except that
@@ -152,7 +197,7 @@ fn as_argument(command: &mut Command, program: &[u8], text: &[u8]) -> Result<(),
             "the command is not shorter than {ARGUMENT_BYTES_MAX} bytes, and without /proc and memfd it must be one argument; mount /proc"
         ));
     }
-    command.arg("-c").arg(std::ffi::OsStr::from_bytes(text));
+    command.arg("-c").arg(OsStr::from_bytes(text));
     Ok(())
 }
 
@@ -163,18 +208,18 @@ mod tests {
     use super::*;
 
     /// Starts the command as where no file in memory can be had.
-    fn start_as_argument(command: &str) -> Result<(Group, ChildStdout, ChildStderr), String> {
+    fn start_as_argument(command: &str) -> Result<Started, String> {
         start(&crate::executor::tests::spec(command), None)
     }
 
     #[test]
     fn without_a_file_the_command_is_an_argument_of_the_shell() {
         let check = |command: &str, expected: &str| {
-            let (mut group, mut stdout, _stderr) = start_as_argument(command).expect("starts");
+            let mut task = start_as_argument(command).expect("starts");
             let mut text = String::new();
-            stdout.read_to_string(&mut text).expect("text");
+            task.stdout.read_to_string(&mut text).expect("text");
             assert_eq!(text, expected, "{command:?}");
-            assert_eq!(group.reap(), crate::executor::Cause::Exited(0));
+            assert_eq!(task.group.reap().0, crate::executor::Cause::Exited(0));
         };
         check("echo $0", "/bin/sh\n");
         check("#!/bin/sh -e\ncase $- in *e*) echo stops;; esac", "stops\n");

@@ -1,11 +1,13 @@
 //! The executor with real processes and a store that records, refuses or stalls.
 
 use std::cell::RefCell;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use async_channel::Sender;
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::setup::Setup;
 use super::*;
 use crate::limits::{CHUNK_BYTES_MAX, STORE_GIVE_UP};
 
@@ -62,8 +64,17 @@ impl OutputStore for FakeStore {
     }
 }
 
+/// As another agent's for each caller: tests run at once and must not end each other's tasks.
+pub fn host(leftovers: Leftovers) -> Rc<Host> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    let agent = format!("test-{}-{number}", std::process::id());
+    Rc::new(Host::new(&agent, leftovers, Setup::default()))
+}
+
 pub fn spec(command: &str) -> Spec {
     Spec {
+        host: host(Leftovers::Kill),
         ids: Ids::new("task-1", "attempt-1").expect("short"),
         command: command.into(),
         timeout: None,
@@ -73,6 +84,7 @@ pub fn spec(command: &str) -> Spec {
             threshold: CHUNK_BYTES_MAX,
         },
         tail_bytes: 1024,
+        output_max: None,
     }
 }
 
@@ -140,6 +152,7 @@ fn the_task_sees_its_environment_and_nothing_of_the_agent() {
             "HOME",
             "HOSTLINK_ATTEMPT_ID",
             "HOSTLINK_TASK_ID",
+            "HOSTLINK_TASK_MARK",
             "LANG",
             "PATH",
             "SHELL",
@@ -435,11 +448,12 @@ fn the_exit_is_noticed_without_a_pidfd() {
         .process_group(0)
         .spawn()
         .expect("starts");
-    let mut group = Group::with(child, None);
+    let spec = spec("");
+    let mut group = Group::with(spec.host.clone(), spec.ids.key(), child, None);
     smol::block_on(group.exited());
     let leader = Pid::from_raw(group.id() as i32).expect("not zero");
-    assert!(!members::has_living(leader));
-    assert_eq!(group.reap(), Cause::Exited(7));
+    assert_eq!(spec.host.living(leader, spec.ids.key(), &[]), []);
+    assert_eq!(group.reap().0, Cause::Exited(7));
 }
 
 #[test]
@@ -450,6 +464,7 @@ fn output_is_given_up_when_the_store_stays_away_after_the_end() {
     let ended_at = Cell::new(Some(long_ago.expect("the machine is up for a minute")));
     let (_holding, let_go) = async_channel::bounded(1);
     let (reading, _all_read) = async_channel::bounded(1);
+    let room = Cell::new(u64::MAX);
     let capture = Capture {
         stream: Stream::Stdout,
         flush: Flush {
@@ -461,6 +476,7 @@ fn output_is_given_up_when_the_store_stays_away_after_the_end() {
         ended_at: &ended_at,
         let_go,
         reading,
+        room: &room,
     };
     let (pipe, mut writer) = std::io::pipe().expect("a pipe");
     let text = vec![b'x'; 3 * CHUNK_BYTES_MAX];
@@ -530,4 +546,105 @@ fn dropping_a_running_task_kills_its_group_and_leaves_no_zombie() {
         process::collect_dropped();
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn output_over_the_bound_is_drained_and_the_tail_goes_on() {
+    let store = FakeStore::default();
+    let spec = Spec {
+        output_max: Some(100_001),
+        ..spec("seq 1 200000; seq 1 200000 >&2; printf '\u{20ac}end'; exit 4")
+    };
+    let ended = run_spec(spec, &store);
+    assert_eq!(ended.cause, Cause::Exited(4));
+    let stored = store.bytes(Stream::Stdout).len() + store.bytes(Stream::Stderr).len();
+    assert_eq!(stored, 100_001);
+    assert!(ended.is_cut && ended.stdout.truncated && ended.stderr.truncated);
+    assert!(
+        ended
+            .stdout
+            .bytes
+            .ends_with("200000\n\u{20ac}end".as_bytes())
+    );
+    assert!(ended.stderr.bytes.ends_with(b"200000\n"));
+}
+
+#[test]
+fn a_stalled_store_does_not_hold_a_task_whose_output_is_cut() {
+    let store = FakeStore::default();
+    let (gate, tokens) = async_channel::bounded(1);
+    *store.gate.borrow_mut() = Some(tokens);
+    let spec = Spec {
+        output_max: Some(50_000),
+        ..spec("head -c 20000000 /dev/zero; echo drained >&2")
+    };
+    let (_stop, controls) = controls();
+    let (started, is_started) = async_channel::bounded(1);
+    let running = run(spec, &store, controls, |pid| {
+        started.try_send(pid).expect("first start")
+    });
+    let watching = async {
+        let pid = is_started.recv().await.expect("started");
+        let stat = format!("/proc/{pid}/stat");
+        let is_over = || std::fs::read_to_string(&stat).is_ok_and(|text| text.contains(") Z "));
+        while !is_over() {
+            Timer::after(Duration::from_millis(1)).await;
+        }
+        drop(gate);
+    };
+    let (ended, ()) = smol::block_on(future::zip(running, watching));
+    assert_eq!(ended.cause, Cause::Exited(0));
+    assert_eq!(store.bytes(Stream::Stdout).len(), 50_000);
+    assert!(ended.is_cut);
+}
+
+#[test]
+fn a_cut_falls_between_characters() {
+    let store = FakeStore::default();
+    let spec = Spec {
+        output_max: Some(10),
+        ..spec("printf '\u{20ac}\u{20ac}\u{20ac}\u{20ac}\u{20ac}'")
+    };
+    let ended = run_spec(spec, &store);
+    assert_eq!(store.text(Stream::Stdout), "\u{20ac}\u{20ac}\u{20ac}");
+    assert!(ended.stdout.truncated && !ended.stderr.truncated);
+}
+
+#[test]
+fn a_task_whose_pipe_is_full_is_ended_while_the_store_stalls() {
+    let store = FakeStore::default();
+    let (gate, tokens) = async_channel::bounded(1);
+    *store.gate.borrow_mut() = Some(tokens);
+    let spec = Spec {
+        timeout: Some(Duration::from_millis(300)),
+        ..spec("trap '' TERM; yes 0123456789abcdef & yes >&2")
+    };
+    let (_stop, controls) = controls();
+    let (started, is_started) = async_channel::bounded(1);
+    let running = run(spec, &store, controls, |pid| {
+        started.try_send(pid).expect("first start")
+    });
+    let watching = async {
+        let pid = is_started.recv().await.expect("started");
+        let leader = Pid::from_raw(pid as i32).expect("not zero");
+        let is_over = || {
+            let group = procfs::all();
+            let mut group = group.iter().filter(|it| it.group == leader.as_raw_pid());
+            group.all(|it| it.is_dead)
+        };
+        while !is_over() {
+            Timer::after(Duration::from_millis(5)).await;
+        }
+        let stalled = store.appends.get() == 0;
+        drop(gate);
+        stalled
+    };
+    let (ended, stalled) = smol::block_on(future::zip(running, watching));
+    assert!(stalled, "the group was ended before the store went on");
+    assert!(matches!(ended.cause, Cause::TimedOut(_)), "{ended:?}");
+    assert!(
+        store
+            .bytes(Stream::Stdout)
+            .starts_with(b"0123456789abcdef\n")
+    );
 }

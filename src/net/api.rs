@@ -206,6 +206,9 @@ impl Api {
                 answer = self.client.request(&request).await?;
             }
         }
+        if answer.status < 300 {
+            self.clock.told(answer.header(header::DATE), self.tls);
+        }
         Ok((request, answer))
     }
 

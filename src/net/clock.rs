@@ -19,6 +19,8 @@ const WORTH_TELLING_SECONDS: u64 = 5;
 #[derive(Debug, Clone)]
 pub struct ServerClock {
     learnt: Rc<Cell<Option<Learnt>>>,
+    /// The latest time that a server was heard to tell; 0: none yet.
+    told_unix: Rc<Cell<u64>>,
     /// Whether a `Date` that came without TLS is believed: only where there is no TLS at all.
     plain_trusted: bool,
 }
@@ -35,6 +37,7 @@ impl ServerClock {
     pub fn new(control_plane: &Url) -> ServerClock {
         ServerClock {
             learnt: Rc::default(),
+            told_unix: Rc::default(),
             plain_trusted: !control_plane.tls,
         }
     }
@@ -44,6 +47,20 @@ impl ServerClock {
         match self.learnt.get() {
             Some(learnt) => learnt.after(since_boot()),
             None => system_unix(),
+        }
+    }
+
+    /// The latest time that a server was heard to tell, Unix seconds; 0: none yet.
+    pub fn last_told_unix(&self) -> u64 {
+        self.told_unix.get()
+    }
+
+    /// Notes the `Date` of an answer that was accepted. `tls`: as for [`ServerClock::learn`].
+    pub fn told(&self, date: Option<&str>, tls: bool) {
+        if let Some(server_unix) = date.and_then(parse_http_date)
+            && (tls || self.plain_trusted)
+        {
+            self.told_unix.set(server_unix.max(self.told_unix.get()));
         }
     }
 

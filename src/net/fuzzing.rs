@@ -180,7 +180,8 @@ pub fn frames(bytes: &[u8]) {
     websocket_over(Scripted::connection(bytes, true));
 }
 
-fn websocket_over(stream: Connection) {
+/// How many texts were read.
+fn websocket_over(stream: Connection) -> usize {
     let write_timeout = Timeouts::default().write;
     future::block_on(async {
         let url = base().websocket();
@@ -189,24 +190,26 @@ fn websocket_over(stream: Connection) {
             Err(refusal) => {
                 let why = refusal.error.why;
                 assert!(why.len() <= WHY_BYTES_MAX, "{why}");
-                return;
+                return 0;
             }
         };
+        let mut texts = 0;
         loop {
             match reader.next().await {
                 Ok(Incoming::Text(text)) => {
                     assert!(text.len() <= INBOUND_MESSAGE_BYTES_MAX);
                     let _ = ServerMessage::decode(&text, "agent");
+                    texts += 1;
                 }
                 Ok(Incoming::Ping | Incoming::Pong) => {}
                 Ok(Incoming::Closed(why)) => assert!(why.len() <= WHY_BYTES_MAX, "{why}"),
                 Err(why) => {
                     assert!(why.len() <= WHY_BYTES_MAX, "{why}");
-                    return;
+                    return texts;
                 }
             }
         }
-    });
+    })
 }
 
 /// Its key is made once: that takes longer than a run.
@@ -314,6 +317,8 @@ mod tests {
 
     #[test]
     fn any_bytes_may_follow_an_upgrade() {
+        let two = b"\0\x81\x02{}\x01\x01{\x80\x01}\x82\x00";
+        assert_eq!(websocket_over(Scripted::connection(two, true)), 2);
         many(frames, &FRAMES);
     }
 }

@@ -144,10 +144,13 @@ pub(super) async fn upgrade(
         budget_bytes: READ_TURN_BYTES,
     };
     let upgraded = client_async_with_config(request, side, Some(config())).await;
-    let (mut socket, _) = upgraded.map_err(|error| match error {
+    let (mut socket, response) = upgraded.map_err(|error| match error {
         tungstenite::Error::Http(response) => refused(&response, url, signer),
         error => failed(explained(&error)),
     })?;
+    let date = response.headers().get(http::header::DATE);
+    let date = date.and_then(|date| date.to_str().ok());
+    signer.clock().told(date, url.tls);
     let half = socket.get_mut().handshake.take();
     let half = half.ok_or_else(|| failed("the handshake lost its stream".to_string()))?;
     let (reply_sender, replies) = async_channel::bounded(1);

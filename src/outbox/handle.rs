@@ -83,6 +83,11 @@ impl Handle {
         names.second.get().unwrap_or(&names.first)
     }
 
+    /// The storage thread has ended: every call fails from now on.
+    pub fn is_closed(&self) -> bool {
+        self.commands.is_closed()
+    }
+
     /// Gets a signal (at most one waits) when something new to send has been committed.
     pub fn appended(&self) -> Receiver<()> {
         self.appended.clone()

@@ -36,6 +36,7 @@ fn the_environment_has_what_it_should_and_no_secrets() {
         "TERM",
         "HOSTLINK_TASK_ID",
         "HOSTLINK_ATTEMPT_ID",
+        "HOSTLINK_TASK_MARK",
     ];
     for name in expected {
         server.check(

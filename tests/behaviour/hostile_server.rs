@@ -339,7 +339,7 @@ fn acknowledgements_of_what_is_not_ours_change_nothing() {
 
 #[test]
 fn a_server_is_told_why_it_is_left() {
-    let (told, statuses) = std::sync::mpsc::channel();
+    let (told, statuses) = std::sync::mpsc::sync_channel(5);
     let violates = |what, bytes: Vec<u8>, says| -> Case {
         let told = told.clone();
         let script = move |victim: &mut Victim| {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -40,6 +41,15 @@ impl AgentLog {
     }
 }
 
+impl AgentLog {
+    /// What stands behind `part` in the first line that has it.
+    pub fn part_after(&self, part: &str) -> Option<String> {
+        let lines = lock(&self.lines);
+        let found = lines.iter().find_map(|line| line.split_once(part));
+        found.map(|(_, rest)| rest.to_owned())
+    }
+}
+
 struct Process {
     pid: Pid,
     ended: Receiver<ExitStatus>,
@@ -53,6 +63,10 @@ pub struct Agent {
     log: Arc<AgentLog>,
     /// Faults that strace injects into the next process.
     faults: Option<String>,
+    /// User and group that it runs as.
+    user: Option<u32>,
+    /// Shell words that are run first, in a mount namespace of its own.
+    mounts: Option<String>,
 }
 
 impl Agent {
@@ -84,6 +98,8 @@ impl Agent {
             process: None,
             log: Arc::default(),
             faults: None,
+            user: None,
+            mounts: None,
         };
         server.show_on_failure(Arc::clone(&agent.log));
         let state = agent.state().display().to_string();
@@ -98,6 +114,10 @@ impl Agent {
             ("HOSTLINK_HEARTBEAT_INTERVAL", "0"),
             ("HOSTLINK_REGISTRATION_RETRY_INITIAL_DELAY", "50ms"),
             ("HOSTLINK_LOG", "debug"),
+            // An agent that is killed leaves its cgroup behind; those who test them clean up.
+            ("HOSTLINK_TASK_CGROUP", "off"),
+            // The clock of the machine that runs the tests is not ours.
+            ("HOSTLINK_SET_CLOCK", "false"),
             ("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"),
             ("HOME", "/"),
             ("LANG", "C.UTF-8"),
@@ -131,9 +151,17 @@ impl Agent {
     /// Starts the process, on the state that is there.
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the agent runs already");
-        let mut command = match self.faults.take() {
-            None => Command::new(program()),
-            Some(faults) => {
+        let mut command = match (self.faults.take(), &self.mounts) {
+            (None, None) => Command::new(program()),
+            (None, Some(mounts)) => {
+                // Each becomes the next, so that the child is the agent itself.
+                let mut unshare = Command::new("/usr/bin/unshare");
+                let then = format!("{mounts} && exec \"$0\" \"$@\"");
+                unshare.args(["--mount", "--", "/bin/sh", "-c", &then]);
+                unshare.arg(program());
+                unshare
+            }
+            (Some(faults), _) => {
                 // The tracer is a grandchild, so that the child is the agent itself.
                 let mut strace = Command::new("/usr/bin/strace");
                 strace.args(["-D", "-f", "-qq", "-o", "/dev/null", "-e", &faults]);
@@ -141,6 +169,9 @@ impl Agent {
                 strace
             }
         };
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
         let mut child = command
             .arg("run")
             .env_clear()
@@ -206,6 +237,36 @@ impl Agent {
     /// Injects faults into the next process that is started, in the words of `strace -e inject=`.
     pub fn inject(&mut self, faults: &str) {
         self.faults = Some(format!("inject={faults}"));
+    }
+
+    /// Makes all starts those of an ordinary user, to whom the test's directory is given. Only root
+    /// can do that: false, said loudly, for others.
+    pub fn run_as(&mut self, user: u32) -> bool {
+        let dirs = [self.dir.clone(), self.state()];
+        let given = dirs
+            .iter()
+            .all(|dir| std::os::unix::fs::chown(dir, Some(user), Some(user)).is_ok());
+        if given {
+            self.user = Some(user);
+        } else {
+            eprintln!("SKIPPED: only root can start the agent as another user");
+        }
+        given
+    }
+
+    /// Runs these shell words, which may mount, before each start, seen by the agent alone. False,
+    /// said loudly, where that cannot be done.
+    pub fn mount(&mut self, words: &str) -> bool {
+        let tried = Command::new("/usr/bin/unshare")
+            .args(["--mount", "--", "/bin/sh", "-c", words])
+            .status();
+        let can = tried.is_ok_and(|status| status.success());
+        if can {
+            self.mounts = Some(words.to_owned());
+        } else {
+            eprintln!("SKIPPED: only root with mount namespaces can test other file systems");
+        }
+        can
     }
 
     /// Whether faults can be injected on this machine. Says loudly if not.

@@ -13,6 +13,7 @@ pub mod front;
 pub mod http;
 pub mod link;
 pub mod log;
+pub mod processes;
 pub mod rules;
 pub mod seed;
 pub mod server;

@@ -1,0 +1,363 @@
+//! A device without a battery-backed clock starts in 1970, where no certificate is valid yet. So at
+//! the start the system clock is set forward, if it is behind, to the later of the time this agent
+//! was built and the last time that the server has told (as systemd does with its build time).
+//!
+//! It is never set back, with one exception: if the server had told nonsense, all certificates are
+//! expired at the next start, and nothing could ever put it right. Then the step is undone.
+
+use std::cell::Cell;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use log::{debug, error, info, warn};
+use rustix::time::{ClockId, Timespec, clock_settime};
+use smol::Timer;
+
+use super::boot_time;
+use crate::limits::{CLOCK_FILE_BYTES_MAX, SERVER_TIME_WRITE_INTERVAL};
+use crate::net::{ServerClock, state_file};
+
+/// Unix time of the build: `SOURCE_DATE_EPOCH`, which every reproducible build sets, else the date
+/// of this version.
+const BUILT_UNIX: u64 = match option_env!("SOURCE_DATE_EPOCH") {
+    Some(text) => match number(text.as_bytes()) {
+        Some(built) if built > RELEASED_UNIX => built,
+        _ => RELEASED_UNIX,
+    },
+    None => RELEASED_UNIX,
+};
+/// 23 November 2026, 00:00 UTC.
+const RELEASED_UNIX: u64 = 1_795_392_000;
+
+const FILE: &str = "server-time";
+
+/// The system clock, or a test's.
+trait SystemClock {
+    fn now_unix(&self) -> u64;
+    fn set_unix(&self, seconds: u64) -> io::Result<()>;
+    fn since_boot(&self) -> Duration;
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    /// What the clock said before, and when that was since boot.
+    from_unix: u64,
+    at: Duration,
+}
+
+/// What was done at the start, and what the file holds.
+#[derive(Debug, Default)]
+pub struct ClockFloor {
+    path: Option<PathBuf>,
+    stored_unix: Cell<u64>,
+    /// The step that was made because of what the server had told.
+    believed: Cell<Option<Step>>,
+}
+
+impl ClockFloor {
+    /// Sets the clock if it is behind. Without `may_set` nothing is set and nothing is kept.
+    pub fn at_start(state_path: &Path, may_set: bool) -> ClockFloor {
+        match may_set {
+            true => ClockFloor::raise(state_path.join(FILE), &Real),
+            false => ClockFloor::default(),
+        }
+    }
+
+    fn raise(path: PathBuf, clock: &impl SystemClock) -> ClockFloor {
+        let stored = read(&path);
+        let floor = ClockFloor {
+            path: Some(path),
+            stored_unix: Cell::new(stored),
+            believed: Cell::new(None),
+        };
+        let from_unix = clock.now_unix();
+        let to = stored.max(BUILT_UNIX);
+        if from_unix >= to {
+            return floor;
+        }
+        let why = match stored > BUILT_UNIX {
+            true => "the last time that the server has told",
+            false => "the time when this agent was built",
+        };
+        match clock.set_unix(to) {
+            Ok(()) => {
+                info!("the system clock stood at {from_unix} (Unix time): set to {to}, {why}");
+                if stored > BUILT_UNIX {
+                    let at = clock.since_boot();
+                    floor.believed.set(Some(Step { from_unix, at }));
+                }
+            }
+            Err(error) => warn!(
+                "the system clock stands at {from_unix} (Unix time), before {why}, and cannot be \
+                 set ({error}): certificates may seem not yet valid; set the clock, or let the \
+                 agent do it (CAP_SYS_TIME)"
+            ),
+        }
+        floor
+    }
+
+    /// Keeps the server's time on disk, at most once in [`SERVER_TIME_WRITE_INTERVAL`]: flash wears,
+    /// and a floor that is a day old serves as well.
+    pub async fn keep(&self, clock: &ServerClock) {
+        if self.path.is_none() {
+            return;
+        }
+        // Soon at first: a device may be on for minutes only.
+        let mut pause = Duration::from_secs(15);
+        loop {
+            Timer::after(pause).await;
+            self.store(clock.last_told_unix());
+            pause = SERVER_TIME_WRITE_INTERVAL / 144;
+        }
+    }
+
+    fn store(&self, told_unix: u64) {
+        let Some(path) = &self.path else {
+            return;
+        };
+        let least = self.stored_unix.get().max(BUILT_UNIX);
+        if told_unix < least + SERVER_TIME_WRITE_INTERVAL.as_secs() {
+            return;
+        }
+        // Also if it fails: the next try comes as late as the next success would.
+        self.stored_unix.set(told_unix);
+        let path = path.clone();
+        let write = move || {
+            if let Err(why) = state_file::replace(&path, told_unix.to_string().as_bytes(), 0o600) {
+                debug!("the server's time is not kept in {}: {why}", path.display());
+            }
+        };
+        smol::unblock(write).detach();
+    }
+
+    /// A connection has failed: if its certificate is expired by a clock that was set to what the
+    /// server had told, that was nonsense.
+    pub fn doubt(&self, why: &str) {
+        if why.contains("has expired") {
+            self.undo(&Real);
+        }
+    }
+
+    fn undo(&self, clock: &impl SystemClock) {
+        let (Some(step), Some(path)) = (self.believed.take(), &self.path) else {
+            return;
+        };
+        let passed = clock.since_boot().saturating_sub(step.at).as_secs();
+        let to = step.from_unix.max(BUILT_UNIX) + passed;
+        let forgotten = std::fs::remove_file(path);
+        self.stored_unix.set(0);
+        error!(
+            "the system clock was set to a time that the server had told, and its certificate is \
+             expired by then: that time is forgotten and the clock set back to {to} (Unix time)"
+        );
+        if let Err(why) = forgotten.and_then(|()| clock.set_unix(to)) {
+            warn!("the clock cannot be set back: {why}");
+        }
+    }
+}
+
+struct Real;
+
+impl SystemClock for Real {
+    fn now_unix(&self) -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        now.unwrap_or_default().as_secs()
+    }
+
+    fn set_unix(&self, seconds: u64) -> io::Result<()> {
+        let tv_sec = seconds.try_into().map_err(io::Error::other)?;
+        let time = Timespec { tv_sec, tv_nsec: 0 };
+        Ok(clock_settime(ClockId::Realtime, time)?)
+    }
+
+    fn since_boot(&self) -> Duration {
+        boot_time()
+    }
+}
+
+/// 0 if there is none, or it cannot be read.
+fn read(path: &Path) -> u64 {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    let read = std::fs::File::open(path)
+        .and_then(|file| file.take(CLOCK_FILE_BYTES_MAX).read_to_end(&mut bytes));
+    match read {
+        Ok(_) => number(&bytes).unwrap_or(0),
+        Err(_) => 0,
+    }
+}
+
+/// A decimal number, seconds of some year before 2200.
+const fn number(digits: &[u8]) -> Option<u64> {
+    let mut value = 0;
+    let mut at = 0;
+    while at < digits.len() {
+        if !digits[at].is_ascii_digit() || at > 10 {
+            return None;
+        }
+        value = value * 10 + (digits[at] - b'0') as u64;
+        at += 1;
+    }
+    match value {
+        1..7_258_118_400 => Some(value),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A clock that can be set, or not.
+    struct Fake {
+        unix: Cell<u64>,
+        boot: Cell<Duration>,
+        settable: bool,
+    }
+
+    impl Fake {
+        fn at(unix: u64) -> Fake {
+            Fake {
+                unix: Cell::new(unix),
+                boot: Cell::new(Duration::from_secs(10)),
+                settable: true,
+            }
+        }
+
+        fn passes(&self, seconds: u64) {
+            self.unix.set(self.unix.get() + seconds);
+            self.boot
+                .set(self.boot.get() + Duration::from_secs(seconds));
+        }
+    }
+
+    impl SystemClock for Fake {
+        fn now_unix(&self) -> u64 {
+            self.unix.get()
+        }
+
+        fn set_unix(&self, seconds: u64) -> io::Result<()> {
+            if !self.settable {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            self.unix.set(seconds);
+            Ok(())
+        }
+
+        fn since_boot(&self) -> Duration {
+            self.boot.get()
+        }
+    }
+
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Folder {
+            let name = format!("hostlink-clock-{}-{name}", std::process::id());
+            let path = std::env::temp_dir().join(name);
+            std::fs::create_dir_all(&path).expect("the temporary directory is writable");
+            Folder(path)
+        }
+
+        fn file(&self, content: &[u8]) -> PathBuf {
+            let path = self.0.join(FILE);
+            std::fs::write(&path, content).expect("writable");
+            path
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    const LATER: u64 = BUILT_UNIX + 400 * 86_400;
+
+    #[test]
+    fn a_clock_that_is_behind_is_set_to_the_later_of_both() {
+        let folder = Folder::new("behind");
+        let check = |content: &[u8], before: u64, after: u64| {
+            let clock = Fake::at(before);
+            ClockFloor::raise(folder.file(content), &clock);
+            let content = String::from_utf8_lossy(content);
+            assert_eq!(clock.now_unix(), after, "{before}, file {content:?}");
+        };
+        let later = LATER.to_string();
+        check(b"", 30, BUILT_UNIX);
+        check(later.as_bytes(), 30, LATER);
+        check(b"1000000000", 30, BUILT_UNIX);
+        check(later.as_bytes(), LATER + 1, LATER + 1);
+        check(b"", BUILT_UNIX, BUILT_UNIX);
+        // What cannot be a time of this device is no reason to go anywhere.
+        for nonsense in [
+            &b"soon"[..],
+            b"-1",
+            b"99999999999",
+            b"18446744073709551616",
+            b"1\n",
+        ] {
+            check(nonsense, 30, BUILT_UNIX);
+        }
+    }
+
+    #[test]
+    fn one_that_may_not_be_set_is_left_alone() {
+        let folder = Folder::new("denied");
+        let clock = Fake {
+            settable: false,
+            ..Fake::at(30)
+        };
+        let floor = ClockFloor::raise(folder.file(b""), &clock);
+        assert_eq!(clock.now_unix(), 30);
+        floor.undo(&clock);
+        assert_eq!(clock.now_unix(), 30);
+    }
+
+    #[test]
+    fn a_step_to_nonsense_is_undone_once() {
+        let folder = Folder::new("undone");
+        let clock = Fake::at(30);
+        let path = folder.file(LATER.to_string().as_bytes());
+        let floor = ClockFloor::raise(path.clone(), &clock);
+        clock.passes(60);
+        floor.undo(&clock);
+        assert_eq!(clock.now_unix(), BUILT_UNIX + 60);
+        assert!(!path.exists());
+        clock.passes(1);
+        floor.undo(&clock);
+        assert_eq!(clock.now_unix(), BUILT_UNIX + 61);
+    }
+
+    #[test]
+    fn a_step_to_the_build_time_is_not_doubted() {
+        let folder = Folder::new("built");
+        let clock = Fake::at(30);
+        let floor = ClockFloor::raise(folder.file(b""), &clock);
+        clock.passes(60);
+        floor.undo(&clock);
+        assert_eq!(clock.now_unix(), BUILT_UNIX + 60);
+    }
+
+    #[test]
+    fn the_servers_time_is_kept_once_a_day() {
+        let folder = Folder::new("kept");
+        let path = folder.0.join(FILE);
+        let floor = ClockFloor::raise(path.clone(), &Fake::at(LATER));
+        let stored = || {
+            let deadline = std::time::Instant::now() + Duration::from_secs(5);
+            while read(&path) == 0 && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+            read(&path)
+        };
+        floor.store(LATER);
+        assert_eq!(stored(), LATER);
+        std::fs::remove_file(&path).expect("just written");
+        floor.store(LATER + 86_399);
+        assert_eq!(floor.stored_unix.get(), LATER, "not yet");
+        floor.store(LATER + 86_400);
+        assert_eq!(stored(), LATER + 86_400);
+    }
+}
