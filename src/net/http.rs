@@ -20,7 +20,7 @@ use smol::Timer;
 use smol_hyper::rt::FuturesIo;
 
 use super::clock::since_boot;
-use super::dial::{Connection, Dialer};
+use super::dial::{Connection, Dialer, HttpConnection};
 use super::error::{NetError, quoted, with_causes};
 use super::proxy::Proxy;
 use super::url::Url;
@@ -78,7 +78,7 @@ pub struct HttpClient {
 type Exchange = http1::Connection<FuturesIo<Connection>, Full<Bytes>>;
 
 /// A connection with no request on it.
-struct Kept {
+pub(super) struct Kept {
     sender: http1::SendRequest<Full<Bytes>>,
     exchange: Driven,
     forwarded_by: Option<Proxy>,
@@ -142,7 +142,7 @@ impl HttpClient {
     }
 
     /// The kept connection, if it is still good as far as can be seen.
-    async fn take_kept(&self) -> Option<Kept> {
+    pub(super) async fn take_kept(&self) -> Option<Kept> {
         let mut kept = self.kept.borrow_mut().take()?;
         if self.is_expired(&kept) {
             return None;
@@ -153,7 +153,10 @@ impl HttpClient {
     }
 
     async fn open(&self) -> Result<Kept, NetError> {
-        let connection = self.dialer.connect_http(&self.base).await?;
+        HttpClient::begin(self.dialer.connect_http(&self.base).await?).await
+    }
+
+    pub(super) async fn begin(connection: HttpConnection) -> Result<Kept, NetError> {
         let (sender, exchange) = http1::Builder::new()
             .max_buf_size(RESPONSE_HEAD_BYTES_MAX)
             .max_headers(RESPONSE_HEADERS_MAX)
@@ -172,7 +175,7 @@ impl HttpClient {
     }
 
     /// One request over one connection, which is kept afterwards if it can be used again.
-    async fn exchange(
+    pub(super) async fn exchange(
         &self,
         mut connection: Kept,
         request: &HttpRequest,

@@ -16,6 +16,8 @@ pub mod api;
 pub mod clock;
 pub mod dial;
 pub mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod http;
 pub mod identity;
 pub mod proxy;

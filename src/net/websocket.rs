@@ -97,8 +97,8 @@ pub async fn connect_websocket(
 }
 
 /// Why there is no connection, with the `Date` of the answer if there was one.
-struct Refusal {
-    error: NetError,
+pub(super) struct Refusal {
+    pub(super) error: NetError,
     date: Option<String>,
 }
 
@@ -125,7 +125,7 @@ async fn dial_and_upgrade(
     .await
 }
 
-async fn upgrade(
+pub(super) async fn upgrade(
     stream: Connection,
     url: &Url,
     signer: &Signer,

@@ -190,6 +190,11 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         self.window.contains(key, piece)
     }
 
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn check_counters(&self) {
+        self.window.check_counters();
+    }
+
     /// Something new to send has been stored.
     pub fn appended(&mut self) {
         self.dirty = true;

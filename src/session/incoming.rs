@@ -6,6 +6,7 @@ use log::{debug, info, warn};
 
 use super::{Ack, Effect, Now, Session};
 use crate::ids::Stream;
+use crate::limits::REASON_BYTES_MAX;
 use crate::wire::message_id::Piece;
 use crate::wire::server_message::{self, OUTPUT_SEQUENCE_GAP, ServerError};
 use crate::wire::{DecodeError, ServerMessage};
@@ -120,10 +121,7 @@ impl<C: Copy + Ord + Default> Session<C> {
 
     fn cancel(&mut self, ids: Arc<crate::ids::Ids>, reason: Option<&str>) {
         let key = ids.key();
-        let reason = match reason {
-            Some(reason) if !reason.is_empty() => format!("cancelled: {reason:.900}"),
-            _ => "cancelled by the server".to_owned(),
-        };
+        let reason = cancel_reason(reason);
         if let Some(task) = self.tasks.remove(key) {
             info!("task {ids}: cancelled before its start");
             let ids = task.ids;
@@ -139,6 +137,19 @@ impl<C: Copy + Ord + Default> Session<C> {
     }
 }
 
+/// At most [`REASON_BYTES_MAX`] bytes: room for a longer one is not reserved.
+fn cancel_reason(reason: Option<&str>) -> String {
+    let mut text = match reason {
+        Some(reason) if !reason.is_empty() => format!("cancelled: {reason:.900}"),
+        _ => "cancelled by the server".to_owned(),
+    };
+    // A character may have four bytes.
+    while text.len() > REASON_BYTES_MAX {
+        text.pop();
+    }
+    text
+}
+
 fn describe(piece: Piece) -> String {
     match piece {
         Piece::Output(Stream::Stdout, sequence) => format!("chunk {sequence} of stdout"),
@@ -146,5 +157,21 @@ fn describe(piece: Piece) -> String {
         Piece::Final => "a final".to_owned(),
         Piece::Received => "a receipt".to_owned(),
         Piece::Started => "the word of a start".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_of_long_characters_keeps_its_bound_in_bytes() {
+        let check = |reason: Option<&str>, bytes: usize| {
+            assert_eq!(cancel_reason(reason).len(), bytes, "{reason:.20?}");
+        };
+        check(None, 23);
+        check(Some(""), 23);
+        check(Some(&"x".repeat(2000)), 911);
+        check(Some(&"\u{1f512}".repeat(2000)), 1023);
     }
 }

@@ -15,6 +15,8 @@ pub mod backoff;
 mod connection;
 pub mod delivery;
 pub mod failures;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod hello;
 mod incoming;
 mod offers;

@@ -1,6 +1,9 @@
 //! What has been sent and not yet acknowledged: at most [`WINDOW_MESSAGES`] messages and
 //! [`WINDOW_BYTES`], of both at most half for one stream; a larger message goes alone.
 
+#[cfg(any(test, feature = "fuzzing"))]
+use std::collections::HashSet;
+
 use super::Now;
 use super::failures::LaneId;
 use crate::ids::{AttemptKey, Stream};
@@ -146,6 +149,15 @@ impl<C: Copy> Window<C> {
                 entry.overtaken = true;
             }
         }
+    }
+
+    /// The counters agree with what is in flight.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub fn check_counters(&self) {
+        let bytes: usize = self.entries.iter().map(|entry| entry.bytes).sum();
+        assert_eq!(bytes, self.bytes, "bytes in flight");
+        let names: HashSet<_> = self.iter().map(|entry| (entry.key, entry.piece)).collect();
+        assert_eq!(names.len(), self.len(), "a message twice in flight");
     }
 
     /// The server wants this message again, later.
