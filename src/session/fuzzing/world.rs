@@ -285,6 +285,7 @@ impl World {
                 error: None,
                 output_truncated: false,
                 error_truncated: false,
+                usage: None,
             },
         });
         let mut first_held: Vec<(AttemptKey, Stream, u64)> = Vec::new();
