@@ -7,7 +7,7 @@ use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::OnceLock;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use async_tungstenite::tungstenite::handshake::derive_accept_key;
 use futures_lite::{AsyncRead, AsyncWrite, future};
@@ -28,9 +28,12 @@ use crate::wire::http::{RegisterResponse, decode_heartbeat, decode_tasks};
 /// A line of a log: 200 characters of the peer, and what is said about them.
 const WHY_BYTES_MAX: usize = 2048;
 
-/// A server that has said all it says, in pieces, and takes everything.
+/// A server that says all it says, in pieces, once it was told anything, and takes everything. (An
+/// answer before its request is refused unread.)
 struct Scripted {
     says: Vec<u8>,
+    was_told: bool,
+    waits: Option<Waker>,
     at: usize,
     piece_bytes: usize,
     /// What it was told, if it answers an upgrade as it should before it says the rest.
@@ -42,6 +45,8 @@ impl Scripted {
         let (piece, says) = bytes.split_first().unwrap_or((&0, &[]));
         Connection::new(Scripted {
             says: says.to_vec(),
+            was_told: false,
+            waits: None,
             at: 0,
             piece_bytes: match piece {
                 0..=127 => usize::MAX,
@@ -74,9 +79,13 @@ impl Scripted {
 impl AsyncRead for Scripted {
     fn poll_read(
         mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
+        cx: &mut Context<'_>,
         buffer: &mut [u8],
     ) -> Poll<io::Result<usize>> {
+        if !self.was_told {
+            self.waits = Some(cx.waker().clone());
+            return Poll::Pending;
+        }
         let rest = &self.says[self.at..];
         let count = rest.len().min(buffer.len()).min(self.piece_bytes);
         buffer[..count].copy_from_slice(&rest[..count]);
@@ -91,6 +100,10 @@ impl AsyncWrite for Scripted {
         _: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        self.was_told = true;
+        if let Some(waits) = self.waits.take() {
+            waits.wake();
+        }
         if let Some(request) = &mut self.request {
             request.extend_from_slice(bytes);
             self.answer_upgrade();
@@ -113,6 +126,11 @@ fn base() -> Url {
 
 /// Any bytes as the answer to HTTP requests; two, if the connection may be used again.
 pub fn http_response(bytes: &[u8]) {
+    answers_in(bytes);
+}
+
+/// How many answers were read.
+fn answers_in(bytes: &[u8]) -> usize {
     let dialer = Rc::new(Dialer::new(Settings::new(base())));
     let client = HttpClient::new(dialer, base());
     let request = HttpRequest {
@@ -127,17 +145,22 @@ pub fn http_response(bytes: &[u8]) {
             forwarded_by: None,
         };
         let mut kept = HttpClient::begin(connection).await.ok();
+        let mut answers = 0;
         for _ in 0..2 {
             let Some(connection) = kept.take() else {
-                return;
+                break;
             };
             match client.exchange(connection, &request).await {
-                Ok(answer) => understand(&answer),
+                Ok(answer) => {
+                    understand(&answer);
+                    answers += 1;
+                }
                 Err(error) => assert!(error.why.len() <= WHY_BYTES_MAX, "{}", error.why),
             }
             kept = client.take_kept().await;
         }
-    });
+        answers
+    })
 }
 
 /// All that is ever read in an answer.
@@ -307,6 +330,8 @@ mod tests {
 
     #[test]
     fn any_bytes_may_be_an_http_answer() {
+        let one = b"\0HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]";
+        assert_eq!(answers_in(one), 1);
         many(http_response, &HTTP);
     }
 
