@@ -68,13 +68,12 @@ fn event(world: &mut World, choices: &mut Choices) -> bool {
             world.now += Duration::from_millis(millis[choices.below(millis.len())]);
             return true;
         }
-        8 | 9 => match world.session.next_deadline(now) {
-            Some(deadline) => {
+        8 | 9 => {
+            if let Some(deadline) = world.session.next_deadline(now) {
                 world.now = deadline;
                 return true;
             }
-            None => {}
-        },
+        }
         10 if world.connection.is_some() => {
             world.connection_is_gone();
             world.session.disconnected("cut", now);

@@ -35,7 +35,10 @@ pub struct Running {
     pub started: bool,
 }
 
-/// The store's answer to [`Effect::Read`].
+/// First sequence held of each stream that waits.
+pub type FirstHeld = Vec<(AttemptKey, Stream, u64)>;
+
+/// The store's answer to a read.
 pub struct Batch {
     pub candidates: Vec<Candidate<usize>>,
     pub next: usize,
@@ -69,7 +72,7 @@ pub struct World {
     pub running: Vec<Running>,
     pub to_interrupt: Vec<Arc<Ids>>,
     /// What waits for its answer; hellos and written batches with their connection.
-    pub hellos: VecDeque<(u64, Hello, Vec<(AttemptKey, Stream, u64)>)>,
+    pub hellos: VecDeque<(u64, Hello, FirstHeld)>,
     pub batch: Option<Batch>,
     pub in_writer: VecDeque<u64>,
     pub located: VecDeque<(AttemptKey, Stream, Option<usize>)>,
@@ -272,7 +275,7 @@ impl World {
         })
     }
 
-    pub(super) fn snapshot(&self) -> (Hello, Vec<(AttemptKey, Stream, u64)>) {
+    pub(super) fn snapshot(&self) -> (Hello, FirstHeld) {
         let finals = self.held().filter(|held| held.piece == Piece::Final);
         let unacked_finals = finals.map(|held| UnackedFinal {
             message_id: "m".into(),
@@ -288,7 +291,7 @@ impl World {
                 usage: None,
             },
         });
-        let mut first_held: Vec<(AttemptKey, Stream, u64)> = Vec::new();
+        let mut first_held = FirstHeld::new();
         for held in self.held() {
             if let Piece::Output(stream, sequence) = held.piece {
                 let key = held.ids.key();
