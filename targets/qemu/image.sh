@@ -3,7 +3,7 @@
 #
 #   image.sh AGENT DIR
 #
-# DIR afterwards holds `vmlinuz`, `initramfs` and `root.ext4`. AGENT is the armv7 binary. Nothing of
+# DIR afterwards holds `vmlinux.uimage`, `initramfs` and `root.ext4`. AGENT is the armv7 binary. Nothing of
 # this needs root. The kernel and busybox are Debian's and are kept in HOSTLINK_IMAGE_DEBIAN (default:
 # DIR/debian). HOSTLINK_IMAGE_CA_FILE goes into the image as the authority that the agent trusts.
 set -euo pipefail
@@ -62,4 +62,4 @@ chmod 755 "$root/etc/rcS" "$root/etc/agent"
 install_modules "$root" virtio_net sch_netem
 rm -f "$directory/root.ext4"
 mke2fs -q -t ext4 -O ^has_journal -E root_owner=0:0 -L root -d "$root" "$directory/root.ext4" 24M
-cp "$debian/boot/vmlinuz-$version" "$directory/vmlinuz"
+python3 "$here/unpack_kernel.py" "$debian/boot/vmlinuz-$version" "$directory/vmlinux.uimage"

@@ -27,6 +27,8 @@ class Tap:
         self.chunks: dict[tuple[str, str], dict[int, bytes]] = {}
         self.finals: dict[str, tuple] = {}
         self.wrong: list[str] = []
+        # Since the last power-on.
+        self.hellos = 0
         self.frames = 0
         self.repeated = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -41,6 +43,7 @@ class Tap:
         with self._lock:
             self._generation += 1
             self._holding = False
+            self.hellos = 0
             for each in self._sockets:
                 try:
                     each.shutdown(socket.SHUT_RDWR)
@@ -105,6 +108,8 @@ class Tap:
                         f"attempt {attempt} {payload['stream']} {message['sequence']} came again"
                         f" changed: {before[:60]!r} … and {raw[:60]!r} …"
                     )
+        elif message["type"] == "agent.hello":
+            self.hellos += 1
         elif message["type"] == "task.final":
             final = (message["message_id"], payload["status"], payload["exit_code"])
             before = self.finals.setdefault(attempt, final)
