@@ -1,0 +1,169 @@
+"""A disk with a volatile write cache, served to the emulator over NBD.
+
+What is written stays volatile until the guest flushes. A power cut keeps a random part of what was
+volatile, sector by sector: nothing, all, what came first, or any subset. So a write that nobody
+flushed may be lost, torn, or overtaken by a later one, as on a real disk or eMMC.
+"""
+
+import os
+import random
+import socket
+import struct
+import threading
+
+SECTOR_BYTES = 512
+
+_MAGIC = 0x4E42444D41474943
+_OPTION_MAGIC = 0x49484156454F5054
+_OPTION_REPLY_MAGIC = 0x3E889045565A9
+_REQUEST_MAGIC = 0x25609513
+_REPLY_MAGIC = 0x67446698
+_OPTION_EXPORT_NAME, _OPTION_ABORT, _OPTION_INFO, _OPTION_GO = 1, 2, 6, 7
+_REPLY_ACK, _REPLY_INFO, _REPLY_UNSUPPORTED = 1, 3, 0x80000001
+_READ, _WRITE, _DISCONNECT, _FLUSH = 0, 1, 2, 3
+_FORCE_UNIT_ACCESS = 1
+# Has flags, sends flushes, sends force-unit-access writes.
+_EXPORT_FLAGS = 1 | 4 | 8
+
+
+class Disk:
+    """`content` survives cuts. `flushes` and `lost_sectors` are counted for the report."""
+
+    def __init__(self, content: bytes, socket_path: str):
+        self.durable = bytearray(content)
+        self.volatile: dict[int, bytes] = {}  # sector → newest bytes, in order of their last write
+        self.flushes = 0
+        self.lost_sectors = 0
+        self.socket_path = socket_path
+        self._lock = threading.Lock()
+        # A request of an emulator that is dead must not reach the disk after its cut.
+        self._epoch = 0
+        if os.path.exists(socket_path):
+            os.unlink(socket_path)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(socket_path)
+        self._listener.listen(4)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self, chance: random.Random) -> str:
+        """The power is gone: settles what of the volatile sectors got to the medium."""
+        with self._lock:
+            self._epoch += 1
+            sectors = list(self.volatile.items())
+            manner = chance.choice(["none", "all", "first", "any", "any", "most"])
+            if manner == "none":
+                kept = []
+            elif manner == "all":
+                kept = sectors
+            elif manner == "first":
+                kept = sectors[: chance.randint(0, len(sectors))]
+            else:
+                share = 0.9 if manner == "most" else chance.random()
+                kept = [each for each in sectors if chance.random() < share]
+            for sector, data in kept:
+                start = sector * SECTOR_BYTES
+                self.durable[start : start + SECTOR_BYTES] = data
+            self.lost_sectors += len(sectors) - len(kept)
+            self.volatile.clear()
+            return f"{manner}: {len(kept)} of {len(sectors)} unflushed sectors kept"
+
+    def _read(self, offset: int, length: int) -> bytes:
+        with self._lock:
+            data = bytearray(self.durable[offset : offset + length])
+            if self.volatile:
+                for sector in range(offset // SECTOR_BYTES, (offset + length) // SECTOR_BYTES):
+                    newest = self.volatile.get(sector)
+                    if newest is not None:
+                        start = sector * SECTOR_BYTES - offset
+                        data[start : start + SECTOR_BYTES] = newest
+            return bytes(data)
+
+    def _write(self, epoch: int, offset: int, data: bytes, force: bool) -> None:
+        assert offset % SECTOR_BYTES == 0 and len(data) % SECTOR_BYTES == 0, (offset, len(data))
+        with self._lock:
+            if epoch != self._epoch:
+                return
+            if force:
+                self.durable[offset : offset + len(data)] = data
+            for start in range(0, len(data), SECTOR_BYTES):
+                sector = (offset + start) // SECTOR_BYTES
+                self.volatile.pop(sector, None)
+                if not force:
+                    self.volatile[sector] = data[start : start + SECTOR_BYTES]
+
+    def _flush(self, epoch: int) -> None:
+        with self._lock:
+            if epoch != self._epoch:
+                return
+            for sector, data in self.volatile.items():
+                start = sector * SECTOR_BYTES
+                self.durable[start : start + SECTOR_BYTES] = data
+            self.volatile.clear()
+            self.flushes += 1
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with self._lock:
+            epoch = self._epoch
+        stream = connection.makefile("rb")
+
+        def take(length: int) -> bytes:
+            data = stream.read(length)
+            if len(data) < length:
+                raise EOFError
+            return data
+
+        try:
+            if self._negotiate(connection, take):
+                self._transmit(connection, take, epoch)
+        except (EOFError, OSError):
+            pass  # The emulator was killed.
+        finally:
+            stream.close()
+            connection.close()
+
+    def _negotiate(self, connection: socket.socket, take) -> bool:
+        # Fixed newstyle, without the zeroes that old clients wait for.
+        connection.sendall(struct.pack(">QQH", _MAGIC, _OPTION_MAGIC, 1 | 2))
+        (client_flags,) = struct.unpack(">I", take(4))
+        size = len(self.durable)
+        while True:
+            _, option, length = struct.unpack(">QII", take(16))
+            take(length)
+
+            def reply(kind: int, data: bytes = b"") -> None:
+                head = struct.pack(">QIII", _OPTION_REPLY_MAGIC, option, kind, len(data))
+                connection.sendall(head + data)
+
+            if option == _OPTION_EXPORT_NAME:
+                zeroes = b"" if client_flags & 2 else bytes(124)
+                connection.sendall(struct.pack(">QH", size, _EXPORT_FLAGS) + zeroes)
+                return True
+            if option in (_OPTION_GO, _OPTION_INFO):
+                reply(_REPLY_INFO, struct.pack(">HQH", 0, size, _EXPORT_FLAGS))
+                reply(_REPLY_ACK)
+                if option == _OPTION_GO:
+                    return True
+            elif option == _OPTION_ABORT:
+                reply(_REPLY_ACK)
+                return False
+            else:
+                reply(_REPLY_UNSUPPORTED)
+
+    def _transmit(self, connection: socket.socket, take, epoch: int) -> None:
+        while True:
+            _, flags, kind, cookie, offset, length = struct.unpack(">IHHQQI", take(28))
+            answer = b""
+            if kind == _READ:
+                answer = self._read(offset, length)
+            elif kind == _WRITE:
+                self._write(epoch, offset, take(length), bool(flags & _FORCE_UNIT_ACCESS))
+            elif kind == _FLUSH:
+                self._flush(epoch)
+            elif kind == _DISCONNECT:
+                return
+            connection.sendall(struct.pack(">IIQ", _REPLY_MAGIC, 0, cookie) + answer)
