@@ -63,7 +63,8 @@ else
         rustup component add rust-src >&2
     fi
     export RUSTC_BOOTSTRAP=1
-    cargo_flags+=(-Zbuild-std=std,panic_unwind -Zbuild-std-features=panic-unwind,optimize_for_size)
+    cargo_flags+=("-Zbuild-std=std,panic_unwind"
+        "-Zbuild-std-features=panic-unwind,optimize_for_size")
     # There is no musl beside a standard library that was not installed; zig brings its own.
     rustc_flags+=(-Clink-self-contained=no)
 fi

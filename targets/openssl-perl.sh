@@ -19,6 +19,7 @@ done
 perl ./Configure "$@" $options
 # The directories of loadable modules, of which there are none, would be below the build directory.
 # `OpenSSL_version` would tell the compiler's path, its flags and the date.
+# shellcheck disable=SC2016 # make's variables
 sed -i \
     -e 's|^ENGINESDIR=.*|ENGINESDIR=/usr/local/ssl/engines|' \
     -e 's|^MODULESDIR=.*|MODULESDIR=/usr/local/ssl/modules|' \
