@@ -148,8 +148,7 @@ pub(super) async fn upgrade(
         tungstenite::Error::Http(response) => refused(&response, url, signer),
         error => failed(explained(&error)),
     })?;
-    let date = response.headers().get(http::header::DATE);
-    let date = date.and_then(|date| date.to_str().ok());
+    let date = text_of(&response, header::DATE);
     signer.clock().told(date, url.tls);
     let half = socket.get_mut().handshake.take();
     let half = half.ok_or_else(|| failed("the handshake lost its stream".to_string()))?;
@@ -199,13 +198,9 @@ fn config() -> WebSocketConfig {
 }
 
 fn refused(response: &http::Response<Option<Vec<u8>>>, url: &Url, signer: &Signer) -> Refusal {
-    let header = |name| {
-        let value = response.headers().get(name)?;
-        value.to_str().ok()
-    };
     let status = response.status().as_u16();
     let said = response.body().as_deref().map(quoted).unwrap_or_default();
-    let detail = match header(header::LOCATION) {
+    let detail = match text_of(response, header::LOCATION) {
         Some(location) if (300..400).contains(&status) => format!(
             ", a redirect to {:?}, which is not followed: name that URL in HOSTLINK_WS_URL",
             quoted(location.as_bytes())
@@ -216,12 +211,17 @@ fn refused(response: &http::Response<Option<Vec<u8>>>, url: &Url, signer: &Signe
     Refusal {
         error: NetError {
             why: format!("cannot open the WebSocket {url}: the server answered {status}{detail}"),
-            retry_after: header(header::RETRY_AFTER)
+            retry_after: text_of(response, header::RETRY_AFTER)
                 .and_then(|value| retry_after(value, signer.clock().now_unix())),
             status: Some(status),
         },
-        date: header(header::DATE).map(str::to_string),
+        date: text_of(response, header::DATE).map(str::to_string),
     }
+}
+
+/// A header of an answer, if it is text.
+fn text_of<B>(response: &http::Response<B>, name: header::HeaderName) -> Option<&str> {
+    response.headers().get(name)?.to_str().ok()
 }
 
 impl WsReader {
