@@ -166,8 +166,6 @@ pub const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 pub const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The server's time is written to disk no more often: flash wears.
 pub const SERVER_TIME_WRITE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
-/// A number of seconds, and no more.
-pub const CLOCK_FILE_BYTES_MAX: u64 = 32;
 /// For a last close frame: whoever it is for may not read any more.
 pub const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 /// A session that was active this long resets the reconnect backoff.

@@ -8,15 +8,15 @@
 use std::cell::Cell;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use log::{debug, error, info, warn};
 use rustix::time::{ClockId, Timespec, clock_settime};
 use smol::Timer;
 
 use super::boot_time;
-use crate::limits::{CLOCK_FILE_BYTES_MAX, SERVER_TIME_WRITE_INTERVAL};
-use crate::net::{ServerClock, state_file};
+use crate::limits::SERVER_TIME_WRITE_INTERVAL;
+use crate::net::{ServerClock, state_file, system_unix};
 
 /// Unix time of the build: `SOURCE_DATE_EPOCH`, which every reproducible build sets, else the date
 /// of this version.
@@ -161,8 +161,7 @@ struct Real;
 
 impl SystemClock for Real {
     fn now_unix(&self) -> u64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        now.unwrap_or_default().as_secs()
+        system_unix()
     }
 
     fn set_unix(&self, seconds: u64) -> io::Result<()> {
@@ -178,14 +177,8 @@ impl SystemClock for Real {
 
 /// 0 if there is none, or it cannot be read.
 fn read(path: &Path) -> u64 {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    let read = std::fs::File::open(path)
-        .and_then(|file| file.take(CLOCK_FILE_BYTES_MAX).read_to_end(&mut bytes));
-    match read {
-        Ok(_) => number(&bytes).unwrap_or(0),
-        Err(_) => 0,
-    }
+    let bytes = state_file::read(path).ok().flatten();
+    bytes.and_then(|bytes| number(&bytes)).unwrap_or(0)
 }
 
 /// A decimal number, seconds of some year before 2200.
@@ -208,6 +201,7 @@ const fn number(digits: &[u8]) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::testing::TempDir;
 
     /// A clock that can be set, or not.
     struct Fake {
@@ -250,37 +244,14 @@ mod tests {
         }
     }
 
-    struct Folder(PathBuf);
-
-    impl Folder {
-        fn new(name: &str) -> Folder {
-            let name = format!("hostlink-clock-{}-{name}", std::process::id());
-            let path = std::env::temp_dir().join(name);
-            std::fs::create_dir_all(&path).expect("the temporary directory is writable");
-            Folder(path)
-        }
-
-        fn file(&self, content: &[u8]) -> PathBuf {
-            let path = self.0.join(FILE);
-            std::fs::write(&path, content).expect("writable");
-            path
-        }
-    }
-
-    impl Drop for Folder {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
-
     const LATER: u64 = BUILT_UNIX + 400 * 86_400;
 
     #[test]
     fn a_clock_that_is_behind_is_set_to_the_later_of_both() {
-        let folder = Folder::new("behind");
+        let folder = TempDir::new();
         let check = |content: &[u8], before: u64, after: u64| {
             let clock = Fake::at(before);
-            ClockFloor::raise(folder.file(content), &clock);
+            ClockFloor::raise(folder.file(FILE, content), &clock);
             let content = String::from_utf8_lossy(content);
             assert_eq!(clock.now_unix(), after, "{before}, file {content:?}");
         };
@@ -304,12 +275,12 @@ mod tests {
 
     #[test]
     fn one_that_may_not_be_set_is_left_alone() {
-        let folder = Folder::new("denied");
+        let folder = TempDir::new();
         let clock = Fake {
             settable: false,
             ..Fake::at(30)
         };
-        let floor = ClockFloor::raise(folder.file(b""), &clock);
+        let floor = ClockFloor::raise(folder.file(FILE, b""), &clock);
         assert_eq!(clock.now_unix(), 30);
         floor.undo(&clock);
         assert_eq!(clock.now_unix(), 30);
@@ -317,9 +288,9 @@ mod tests {
 
     #[test]
     fn a_step_to_nonsense_is_undone_once() {
-        let folder = Folder::new("undone");
+        let folder = TempDir::new();
         let clock = Fake::at(30);
-        let path = folder.file(LATER.to_string().as_bytes());
+        let path = folder.file(FILE, LATER.to_string().as_bytes());
         let floor = ClockFloor::raise(path.clone(), &clock);
         clock.passes(60);
         floor.undo(&clock);
@@ -332,9 +303,9 @@ mod tests {
 
     #[test]
     fn a_step_to_the_build_time_is_not_doubted() {
-        let folder = Folder::new("built");
+        let folder = TempDir::new();
         let clock = Fake::at(30);
-        let floor = ClockFloor::raise(folder.file(b""), &clock);
+        let floor = ClockFloor::raise(folder.file(FILE, b""), &clock);
         clock.passes(60);
         floor.undo(&clock);
         assert_eq!(clock.now_unix(), BUILT_UNIX + 60);
@@ -342,8 +313,8 @@ mod tests {
 
     #[test]
     fn the_servers_time_is_kept_once_a_day() {
-        let folder = Folder::new("kept");
-        let path = folder.0.join(FILE);
+        let folder = TempDir::new();
+        let path = folder.path().join(FILE);
         let floor = ClockFloor::raise(path.clone(), &Fake::at(LATER));
         let stored = || {
             let deadline = std::time::Instant::now() + Duration::from_secs(5);

@@ -57,9 +57,7 @@ impl ServerClock {
 
     /// Notes the `Date` of an answer that was accepted. `tls`: as for [`ServerClock::learn`].
     pub fn told(&self, date: Option<&str>, tls: bool) {
-        if let Some(server_unix) = date.and_then(parse_http_date)
-            && (tls || self.plain_trusted)
-        {
+        if let Some(server_unix) = date.and_then(|date| self.trusted(date, tls)) {
             self.told_unix.set(server_unix.max(self.told_unix.get()));
         }
     }
@@ -67,12 +65,9 @@ impl ServerClock {
     /// Takes the time from a `Date` header. `tls`: the answer came from an authenticated server.
     /// False, and nothing is changed, if the text is no date or is not to be trusted.
     pub fn learn(&self, date: &str, tls: bool) -> bool {
-        let Some(server_unix) = parse_http_date(date) else {
+        let Some(server_unix) = self.trusted(date, tls) else {
             return false;
         };
-        if !tls && !self.plain_trusted {
-            return false;
-        }
         let correction_seconds = server_unix.abs_diff(self.now_unix());
         self.learnt.set(Some(Learnt {
             server_unix,
@@ -87,6 +82,11 @@ impl ServerClock {
         }
         true
     }
+
+    /// The time that a `Date` header tells, if it is one and may be believed.
+    fn trusted(&self, date: &str, tls: bool) -> Option<u64> {
+        parse_http_date(date).filter(|_| tls || self.plain_trusted)
+    }
 }
 
 impl Learnt {
@@ -96,7 +96,8 @@ impl Learnt {
     }
 }
 
-fn system_unix() -> u64 {
+/// What the system clock says, Unix seconds; 0 before 1970.
+pub fn system_unix() -> u64 {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()

@@ -29,7 +29,7 @@ pub mod websocket;
 pub mod write_loop;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -38,7 +38,7 @@ use std::time::Duration;
 use crate::limits;
 
 pub use api::{Api, RegisterError, ReportOutcome};
-pub use clock::ServerClock;
+pub use clock::{ServerClock, system_unix};
 pub use dial::{Connection, Dialer};
 pub use error::NetError;
 pub use identity::{Identity, IdentityError};
