@@ -6,7 +6,7 @@ use std::rc::Rc;
 use async_channel::{Receiver, Sender};
 use futures_lite::future;
 
-use super::driver::Input;
+use super::driver::{self, Input};
 use super::{Context, frames};
 use crate::limits::{
     BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE, LARGE_FRAME_BYTES,
@@ -118,9 +118,7 @@ async fn read_loop(
         context.tell(input).await;
         if is_large {
             // Inputs that wait are counted, not weighed: of large ones there is one.
-            let (passed, has_passed) = async_channel::bounded(1);
-            context.tell(Input::Passed(passed)).await;
-            let _ = has_passed.recv().await;
+            let _ = driver::has_caught_up(&context.inputs).await;
         }
     }
 }

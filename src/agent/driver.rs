@@ -62,6 +62,13 @@ pub enum Input {
     Terminate,
 }
 
+/// Waits until the driver has dealt with everything that was told before. False if it has ended.
+pub async fn has_caught_up(driver: &Sender<Input>) -> bool {
+    let (passed, has_passed) = async_channel::bounded(1);
+    let _ = driver.send(Input::Passed(passed)).await;
+    has_passed.recv().await.is_ok()
+}
+
 pub struct Driver {
     pub(super) context: Rc<Context>,
     session: Box<Session<Cursor>>,
@@ -296,7 +303,7 @@ impl Driver {
         let out = OutBatch {
             batch,
             admission,
-            granted: self.session.granted(),
+            granted: self.granted(),
             incarnation: self.incarnation.clone(),
         };
         if let Some(connection) = &self.connection {

@@ -6,8 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use async_channel::Receiver;
-use async_channel::TrySendError;
+use async_channel::{Receiver, TrySendError};
 use log::warn;
 
 use super::driver::{Driver, Input};

@@ -18,7 +18,7 @@ use async_channel::Sender;
 use log::{debug, warn};
 use smol::Timer;
 
-use super::driver::Input;
+use super::driver::{Input, has_caught_up};
 use crate::outbox;
 
 #[derive(Debug, Default)]
@@ -86,12 +86,8 @@ impl Notifier {
         while !store.is_closed() {
             self.tell("WATCHDOG=1");
             Timer::after(interval / 2).await;
-            if self.serving.get() {
-                let (passed, has_passed) = async_channel::bounded(1);
-                let _ = driver.send(Input::Passed(passed)).await;
-                if has_passed.recv().await.is_err() {
-                    return;
-                }
+            if self.serving.get() && !has_caught_up(&driver).await {
+                return;
             }
         }
     }
