@@ -169,11 +169,16 @@ impl Cgroups {
             .collect()
     }
 
-    /// Removes what is empty.
-    pub fn close(&self) {
+    /// Removes the leaves that nobody lives in.
+    pub fn remove_leaves(&self) {
         for key in self.leaves() {
             self.leaf(key).remove();
         }
+    }
+
+    /// Removes what is empty.
+    pub fn close(&self) {
+        self.remove_leaves();
         let _ = fs::remove_dir(&self.dir);
     }
 }

@@ -300,9 +300,10 @@ impl Host {
                 !it.is_dead && !is_spared && (self.is_noted(it) || is_marked())
             };
             let mut old: Vec<Process> = all.iter().filter(|it| is_old(it)).copied().collect();
-            for cgroups in self.cgroups.iter() {
-                let leaves = cgroups.leaves().into_iter().filter(is_meant);
-                leaves.for_each(|key| old.extend(cgroups.leaf(key).living()));
+            if let Some(cgroups) = &self.cgroups {
+                for key in cgroups.leaves().into_iter().filter(is_meant) {
+                    old.extend(cgroups.leaf(key).living());
+                }
             }
             family(old, known, &all, &spared)
         };
@@ -310,9 +311,8 @@ impl Host {
         if let Some(record) = &self.record {
             record.clear();
         }
-        for cgroups in self.cgroups.iter() {
-            let leaves = cgroups.leaves();
-            leaves.iter().for_each(|key| cgroups.leaf(*key).remove());
+        if let Some(cgroups) = &self.cgroups {
+            cgroups.remove_leaves();
         }
         count
     }
