@@ -569,30 +569,39 @@ fn output_over_the_bound_is_drained_and_the_tail_goes_on() {
     assert!(ended.stderr.bytes.ends_with(b"200000\n"));
 }
 
-#[test]
-fn a_stalled_store_does_not_hold_a_task_whose_output_is_cut() {
-    let store = FakeStore::default();
+/// Runs a task whose output nobody takes until `is_over` says so of its leader. The second value:
+/// nothing had been taken by then.
+fn run_stalled(spec: Spec, store: &FakeStore, is_over: impl Fn(Pid) -> bool) -> (Ended, bool) {
     let (gate, tokens) = async_channel::bounded(1);
     *store.gate.borrow_mut() = Some(tokens);
-    let spec = Spec {
-        output_max: Some(50_000),
-        ..spec("head -c 20000000 /dev/zero; echo drained >&2")
-    };
     let (_stop, controls) = controls();
     let (started, is_started) = async_channel::bounded(1);
-    let running = run(spec, &store, controls, |pid| {
+    let running = run(spec, store, controls, |pid| {
         started.try_send(pid).expect("first start")
     });
     let watching = async {
         let pid = is_started.recv().await.expect("started");
-        let stat = format!("/proc/{pid}/stat");
-        let is_over = || std::fs::read_to_string(&stat).is_ok_and(|text| text.contains(") Z "));
-        while !is_over() {
-            Timer::after(Duration::from_millis(1)).await;
+        let leader = Pid::from_raw(pid as i32).expect("not zero");
+        while !is_over(leader) {
+            Timer::after(Duration::from_millis(5)).await;
         }
+        let stalled = store.appends.get() == 0;
         drop(gate);
+        stalled
     };
-    let (ended, ()) = smol::block_on(future::zip(running, watching));
+    smol::block_on(future::zip(running, watching))
+}
+
+#[test]
+fn a_stalled_store_does_not_hold_a_task_whose_output_is_cut() {
+    let store = FakeStore::default();
+    let spec = Spec {
+        output_max: Some(50_000),
+        ..spec("head -c 20000000 /dev/zero; echo drained >&2")
+    };
+    let (ended, _) = run_stalled(spec, &store, |leader| {
+        procfs::find(leader).is_some_and(|it| it.is_dead)
+    });
     assert_eq!(ended.cause, Cause::Exited(0));
     assert_eq!(store.bytes(Stream::Stdout).len(), 50_000);
     assert!(ended.is_cut);
@@ -613,33 +622,15 @@ fn a_cut_falls_between_characters() {
 #[test]
 fn a_task_whose_pipe_is_full_is_ended_while_the_store_stalls() {
     let store = FakeStore::default();
-    let (gate, tokens) = async_channel::bounded(1);
-    *store.gate.borrow_mut() = Some(tokens);
     let spec = Spec {
         timeout: Some(Duration::from_millis(300)),
         ..spec("trap '' TERM; yes 0123456789abcdef & yes >&2")
     };
-    let (_stop, controls) = controls();
-    let (started, is_started) = async_channel::bounded(1);
-    let running = run(spec, &store, controls, |pid| {
-        started.try_send(pid).expect("first start")
+    let (ended, stalled) = run_stalled(spec, &store, |leader| {
+        let group = procfs::all();
+        let mut group = group.iter().filter(|it| it.group == leader.as_raw_pid());
+        group.all(|it| it.is_dead)
     });
-    let watching = async {
-        let pid = is_started.recv().await.expect("started");
-        let leader = Pid::from_raw(pid as i32).expect("not zero");
-        let is_over = || {
-            let group = procfs::all();
-            let mut group = group.iter().filter(|it| it.group == leader.as_raw_pid());
-            group.all(|it| it.is_dead)
-        };
-        while !is_over() {
-            Timer::after(Duration::from_millis(5)).await;
-        }
-        let stalled = store.appends.get() == 0;
-        drop(gate);
-        stalled
-    };
-    let (ended, stalled) = smol::block_on(future::zip(running, watching));
     assert!(stalled, "the group was ended before the store went on");
     assert!(matches!(ended.cause, Cause::TimedOut(_)), "{ended:?}");
     assert!(

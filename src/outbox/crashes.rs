@@ -187,14 +187,7 @@ fn any_flipped_bit_and_any_cut_costs_only_what_it_hit() {
 }
 
 fn check_damaged(disk: SimDisk, number: u64, other: u64, place: usize) {
-    let opened = recovery::open(
-        Box::new(disk.clone()),
-        Box::new(SimIndex::open(&disk)),
-        bounds(128 << 10),
-        *b"0123456789abcdef",
-        || 1_000,
-    );
-    let (mut engine, _) = opened.expect("a damaged store opens");
+    let (mut engine, _) = reopened(&disk, 128 << 10);
     let batch = engine.read(ReadRequest {
         max_messages: 100,
         max_bytes: 1 << 20,
@@ -320,7 +313,7 @@ fn a_disk_that_lies_costs_messages_but_changes_none() {
             1 => Keep::Some(seed),
             _ => Keep::Pages(seed),
         });
-        let (mut engine, _) = reopened(&tester.disk);
+        let (mut engine, _) = reopened(&tester.disk, 96 << 10);
         let batch = engine.read(ReadRequest {
             max_messages: 10_000,
             max_bytes: 1 << 24,
@@ -350,11 +343,12 @@ fn a_disk_that_lies_costs_messages_but_changes_none() {
     }
 }
 
-fn reopened(disk: &SimDisk) -> (super::engine::Engine, Recovered) {
+/// Whatever was done to it, it opens.
+fn reopened(disk: &SimDisk, cap_bytes: u64) -> (super::engine::Engine, Recovered) {
     let opened = recovery::open(
         Box::new(disk.clone()),
         Box::new(SimIndex::open(disk)),
-        bounds(96 << 10),
+        bounds(cap_bytes),
         *b"0123456789abcdef",
         || 1_000,
     );

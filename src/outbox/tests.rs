@@ -12,10 +12,10 @@ use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
 use crate::limits::{Chunk, ChunkBatch, ChunkBuffer};
 
 /// A folder of its own for each test, removed at its end.
-struct Folder(PathBuf);
+pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    fn new() -> Folder {
+    pub(super) fn new() -> Folder {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("hostlink-outbox-{}-{number}", std::process::id());
@@ -24,7 +24,7 @@ impl Folder {
         Folder(path)
     }
 
-    fn settings(&self) -> Settings {
+    pub(super) fn settings(&self) -> Settings {
         Settings {
             dir: self.0.join("outbox"),
             memory_only: false,
@@ -42,7 +42,7 @@ impl Drop for Folder {
     }
 }
 
-fn ids(name: &str) -> Ids {
+pub(super) fn ids(name: &str) -> Ids {
     Ids::new(name, &format!("{name}-attempt")).unwrap()
 }
 
@@ -64,7 +64,7 @@ fn batch(texts: &[&str]) -> ChunkBatch {
     texts.iter().map(|text| chunk(text.as_bytes())).collect()
 }
 
-fn completed(text: &str) -> Final {
+pub(super) fn completed(text: &str) -> Final {
     Final {
         status: FinalStatus::Completed,
         exit_code: 0,
@@ -76,7 +76,7 @@ fn completed(text: &str) -> Final {
     }
 }
 
-async fn run_task(store: &Handle, name: &str) -> AttemptKey {
+pub(super) async fn run_task(store: &Handle, name: &str) -> AttemptKey {
     let key = ids(name).key();
     assert_eq!(store.receive(receipt(name)).await, Ok(Reception::New));
     assert_eq!(store.start(key, 2_000).await, Ok(Start::Go));

@@ -171,13 +171,10 @@ fn a_refused_task_is_polled_for_until_a_poll_succeeds() {
     assert_eq!(polls(&bench), 2);
 }
 
-#[test]
-fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
-    let mut bench = Bench::new();
-    let mut hello = Bench::hello();
-    hello.unacked_finals.push(UnackedFinal {
-        message_id: Bench::id("t", Piece::Final),
-        task_id: "t".into(),
+fn unacked_final(name: &str) -> UnackedFinal {
+    UnackedFinal {
+        message_id: Bench::id(name, Piece::Final),
+        task_id: name.into(),
         execution_attempt_id: "a".into(),
         result: FinalPayload {
             status: FinalStatus::Completed,
@@ -188,7 +185,14 @@ fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
             error_truncated: false,
             usage: None,
         },
-    });
+    }
+}
+
+#[test]
+fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
+    let mut bench = Bench::new();
+    let mut hello = Bench::hello();
+    hello.unacked_finals.push(unacked_final("t"));
     bench.hello = hello;
     let waiting = |name: &str| WaitingFinal {
         ids: ids(name),
@@ -221,20 +225,7 @@ fn a_final_that_went_with_the_hello_is_not_reported_before_its_answer() {
 fn a_hello_without_results_carries_no_finals() {
     let mut bench = Bench::new();
     bench.session.settings.results = false;
-    bench.hello.unacked_finals.push(UnackedFinal {
-        message_id: Bench::id("t", Piece::Final),
-        task_id: "t".into(),
-        execution_attempt_id: "a".into(),
-        result: FinalPayload {
-            status: FinalStatus::Completed,
-            exit_code: 0,
-            output: None,
-            error: None,
-            output_truncated: false,
-            error_truncated: false,
-            usage: None,
-        },
-    });
+    bench.hello.unacked_finals.push(unacked_final("t"));
     bench.connect(HelloAck::default());
     assert!(bench.has(
         |effect| matches!(effect, Effect::SendHello { hello, .. } if hello.unacked_finals.is_empty())
