@@ -13,6 +13,7 @@ use std::collections::{HashMap, HashSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use async_channel::{Receiver, Sender};
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,9 @@ use serde::{Deserialize, Serialize};
 use super::delivery::{Attempt, TaskRecord};
 use super::journal::{self, Header, Kind};
 use crate::ids::AttemptKey;
-use crate::limits::{GATEWAY_OPEN_JOURNALS_MAX, GATEWAY_STORAGE_QUEUE};
+use crate::limits::{
+    GATEWAY_OPEN_JOURNALS_MAX, GATEWAY_STORAGE_QUEUE, LOCK_PATIENCE, LOCK_RETRY_DELAY,
+};
 use crate::wire::http::Tag;
 
 const INDEX_CACHE_BYTES: u64 = 8 << 20;
@@ -190,6 +193,11 @@ fn sync_directory(path: &Path) -> Result<(), String> {
 
 // ---- index ------------------------------------------------------------------------------------
 
+/// sled tells this by its words alone.
+fn is_locked(error: &sled::Error) -> bool {
+    matches!(error, sled::Error::Io(error) if error.to_string().contains("could not acquire lock"))
+}
+
 struct Index {
     database: sled::Db,
     agents: sled::Tree,
@@ -221,10 +229,18 @@ impl Index {
                 database,
             })
         };
-        match std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)) {
-            Ok(Ok(index)) => Ok(index),
-            Ok(Err(error)) => Err(failed(&error)),
-            Err(_) => Err(failed(&"it is damaged")),
+        let patience = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)) {
+                Ok(Ok(index)) => return Ok(index),
+                // Whoever had it before may have left a child that still shares the lock, and that
+                // has not replaced its image yet.
+                Ok(Err(error)) if is_locked(&error) && Instant::now() < patience => {
+                    std::thread::sleep(LOCK_RETRY_DELAY);
+                }
+                Ok(Err(error)) => return Err(failed(&error)),
+                Err(_) => return Err(failed(&"it is damaged")),
+            }
         }
     }
 
