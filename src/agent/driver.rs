@@ -413,10 +413,7 @@ impl Driver {
         };
         let tasks = self.session.tasks();
         Status {
-            pid: std::process::id(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
             agent_id: Some(self.context.agent_id.clone()),
-            session: session.to_owned(),
             session_since_seconds: since.as_secs(),
             last_error: self.session.last_error().map(str::to_owned),
             running: tasks
@@ -426,7 +423,7 @@ impl Driver {
                 .collect(),
             queued: tasks.queued(),
             polling: self.session.is_polling(now),
-            ..Status::default()
+            ..Status::of_this_process(session)
         }
     }
 }

@@ -1,7 +1,8 @@
 //! From settings to a running agent, and what each way of failing exits with.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
 use async_signal::{Signal, Signals};
@@ -13,7 +14,8 @@ use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
 use super::notify::Notifier;
-use super::{Context, boot_time, status, task_host};
+use super::status::{self, Status};
+use super::{Context, boot_time, task_host};
 use crate::config::Config;
 use crate::executor::host::Host;
 use crate::limits::REGISTRATION_RETRY_MAX;
@@ -115,14 +117,27 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         host: host.clone(),
         executor,
         inputs,
+        refusal: Rc::default(),
     };
     let stopped = async {
         let _ = terminated.recv().await;
         None
     };
-    if let Some(context) = parts.register().or(stopped).await {
-        Box::pin(serve(Rc::new(context), recovered, to_driver, begun)).await;
-    }
+    let status = StatusSource {
+        refusal: parts.refusal.clone(),
+        context: OnceCell::new(),
+        begun,
+    };
+    let state_path = parts.config.state_path.clone();
+    let work = async {
+        if let Some(context) = parts.register().or(stopped).await {
+            let context = Rc::new(context);
+            let _ = status.context.set(context.clone());
+            serve(context, recovered, to_driver, begun).await;
+        }
+    };
+    let answers = status::serve(state_path, async || status.now(&store).await);
+    Box::pin(work.or(answers)).await;
     host.close();
     store.close().await;
     info!("stopped");
@@ -134,7 +149,7 @@ async fn serve(
     context: Rc<Context>,
     recovered: outbox::Recovered,
     to_driver: Receiver<Input>,
-    begun: std::time::Duration,
+    begun: Duration,
 ) {
     let config = &context.config;
     let settings = session::Settings {
@@ -165,14 +180,35 @@ async fn serve(
         }
         futures_lite::future::pending().await
     };
-    let status = status::serve(config.state_path.clone(), async || {
-        let (reply, answer) = async_channel::bounded(1);
-        context.tell(Input::Status(reply)).await;
-        let mut status = answer.recv().await.unwrap_or_default();
-        status.store = context.outbox.counts().await;
+    driver.run(to_driver).or(reopened).await;
+}
+
+/// What `status` is told, from the opened outbox to the end.
+struct StatusSource {
+    /// Why the device is not registered yet.
+    refusal: Rc<RefCell<Option<String>>>,
+    /// Set once it is registered.
+    context: OnceCell<Rc<Context>>,
+    begun: Duration,
+}
+
+impl StatusSource {
+    async fn now(&self, store: &outbox::Handle) -> Status {
+        let mut status = match self.context.get() {
+            Some(context) => {
+                let (reply, answer) = async_channel::bounded(1);
+                context.tell(Input::Status(reply)).await;
+                answer.recv().await.unwrap_or_default()
+            }
+            None => Status {
+                session_since_seconds: boot_time().saturating_sub(self.begun).as_secs(),
+                last_error: self.refusal.borrow().clone(),
+                ..Status::of_this_process("registering")
+            },
+        };
+        status.store = store.counts().await;
         status
-    });
-    driver.run(to_driver).or(reopened).or(status).await;
+    }
 }
 
 struct Parts {
@@ -185,6 +221,7 @@ struct Parts {
     host: Rc<Host>,
     executor: Rc<LocalExecutor<'static>>,
     inputs: Sender<Input>,
+    refusal: Rc<RefCell<Option<String>>>,
 }
 
 impl Parts {
@@ -247,6 +284,7 @@ impl Parts {
                 "not registered, trying again in {} s: {why}",
                 delay.as_secs_f32()
             );
+            self.refusal.replace(Some(why));
             Timer::after(delay).await;
             delay = (delay * 2).min(REGISTRATION_RETRY_MAX);
         }

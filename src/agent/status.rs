@@ -35,9 +35,9 @@ pub struct Status {
     pub pid: u32,
     pub version: String,
     pub agent_id: Option<String>,
-    /// `off`, `down`, `connecting`, `handshake` or `active` as the agent says it. Seen from outside
-    /// also `not running`, `starting` (it runs but has no socket yet, while it is registering for
-    /// one) or `no answer`.
+    /// `registering`, `off`, `down`, `connecting`, `handshake` or `active` as the agent says it. Seen
+    /// from outside also `not running`, `starting` (it runs but has not opened its outbox yet) or
+    /// `no answer`.
     pub session: String,
     pub session_since_seconds: u64,
     pub last_error: Option<String>,
@@ -49,6 +49,16 @@ pub struct Status {
 }
 
 impl Status {
+    /// What a running agent says of itself before there is a session.
+    pub fn of_this_process(session: &str) -> Status {
+        Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            session: session.to_owned(),
+            ..Status::default()
+        }
+    }
+
     /// What can be told while no agent runs.
     pub fn not_running(store: Counts) -> Status {
         Status {

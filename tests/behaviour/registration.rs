@@ -1,12 +1,13 @@
 //! Registration and identity (PROTOCOL.md 1 and 2, Register).
 
 use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use hostlink_edge::wire::http::{REGISTER_PATH, RegisterRequest};
 
 use crate::support::server::{AGENT_ID, TOKEN_KEY};
-use crate::support::{Agent, Answer, Event, Log, ScriptedServer};
+use crate::support::{Agent, Answer, Event, Log, ScriptedServer, program};
 
 fn registrations(log: &Log) -> Vec<(RegisterRequest, u16)> {
     let registration = |event: &Event| match event {
@@ -168,4 +169,32 @@ fn other_keys_of_agent_json_are_kept() {
         (Some("north"), Some(AGENT_ID)),
         "agent.json",
     );
+}
+
+/// What `hostlink-edge status` prints and exits with, asked beside the agent.
+fn ask_status(agent: &Agent) -> (String, Option<i32>) {
+    let output = Command::new(program())
+        .arg("status")
+        .env("HOSTLINK_STATE_PATH", agent.state())
+        .output()
+        .expect("the program runs");
+    (
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        output.status.code(),
+    )
+}
+
+#[test]
+fn status_says_why_a_device_is_not_registered() {
+    let server = ScriptedServer::start();
+    server.on_http(|request| (request.path == REGISTER_PATH).then(|| Answer::status(401)));
+    for (store, exit_status) in [("disk", 1), ("memory", 3)] {
+        let agent = Agent::with(&server, &[("HOSTLINK_LOCAL_STORE", store)]);
+        agent.wait_line("not registered, trying again");
+        let (shown, code) = ask_status(&agent);
+        for part in ["not registered", "session   registering", "last ", "401"] {
+            server.check(shown.contains(part), &format!("{part} in {shown}"));
+        }
+        server.check_eq(code, Some(exit_status), store);
+    }
 }
