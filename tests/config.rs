@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use hostlink_edge::config;
 use hostlink_edge::net::{Kind, Url};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 const URL: (&str, &str) = ("SH_CONTROL_PLANE_URL", "https://control.example");
 
@@ -241,6 +242,19 @@ fn the_environment_wins_and_a_missing_file_is_no_end() {
     assert_eq!(code(&output), 0);
     assert!(err(&output).contains(missing.to_str().expect("text")));
     assert_eq!(code(&program(&missing, &["config", "--check"], &[URL])), 78);
+}
+
+/// Nobody ever writes to it.
+#[test]
+fn a_pipe_in_place_of_the_file_holds_up_nothing() {
+    let dir = Directory::new("pipe");
+    let pipe = dir.0.join("pipe");
+    let mode = Mode::from_raw_mode(0o600);
+    mknodat(CWD, &pipe, FileType::Fifo, mode, 0).expect("a named pipe");
+    let output = program(&pipe, &["config"], &[URL]);
+    assert_eq!(code(&output), 0);
+    let expected = format!("cannot read the settings file {}", pipe.display());
+    assert!(err(&output).contains(&expected), "{}", err(&output));
 }
 
 #[test]

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::RangeInclusive;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
+use rustix::fs::{Mode, OFlags};
 
 use super::keys::{KEYS, OF_TASKS, PREFIX, is_secret, may_hold_password};
 use super::{DEFAULT_FILE, Effective, MASK, Source, Warning, values};
@@ -59,11 +62,11 @@ impl Reader {
     fn read_file(&mut self, named: Option<&Path>) {
         let path = named.unwrap_or(Path::new(DEFAULT_FILE));
         let mut text = Vec::new();
-        let read = std::fs::File::open(path)
+        let read = open_at_once(path)
             .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut text));
         match read {
             Ok(_) => {}
-            Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => return,
             Err(error) => {
                 let path = path.display();
                 self.warn(format!("cannot read the settings file {path}: {error}"));
@@ -460,6 +463,17 @@ fn shown(key: &str, value: &str) -> String {
         value.to_owned()
     };
     value.chars().take(SHOWN_CHARACTERS).collect()
+}
+
+/// Opens a file for reading, without waiting: a named pipe in its place would hold up the start
+/// until somebody writes to it, so it is refused.
+fn open_at_once(path: &Path) -> io::Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if file.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::other("it is a pipe"));
+    }
+    Ok(file)
 }
 
 enum Line {
