@@ -17,6 +17,7 @@
 
 pub mod agent;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod executor;
 #[cfg(feature = "gateway")]
@@ -26,6 +27,7 @@ pub mod limits;
 pub mod logger;
 pub mod net;
 pub mod outbox;
+pub mod reaping;
 pub mod session;
 pub mod threads;
 pub mod wire;

@@ -172,6 +172,18 @@ pub const GOODBYE_PATIENCE: Duration = Duration::from_secs(1);
 pub const BACKOFF_RESET: Duration = Duration::from_secs(30);
 /// Below this no reconnect delay falls, whatever the jitter.
 pub const RECONNECT_FLOOR: Duration = Duration::from_millis(100);
+/// When the network has returned, something must come over a connection within this, or it counts
+/// as dead. Longer than the round trip of a satellite.
+pub const NETWORK_PROBE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The dial after the network's return comes within this: all devices behind one switch come back
+/// with it.
+pub const NETWORK_RETURN_JITTER: Duration = Duration::from_millis(500);
+/// Returns of the network that are acted on in a row; a further one each
+/// [`NETWORK_RETURN_INTERVAL`]. A link that flaps must not become a storm of dials.
+pub const NETWORK_RETURNS_IN_A_ROW: u32 = 6;
+pub const NETWORK_RETURN_INTERVAL: Duration = Duration::from_secs(10);
+/// What is read of a message about an interface or an address: all that counts is at its begin.
+pub const NETWORK_MESSAGE_BYTES: usize = 512;
 /// The longest wait between two attempts to register.
 pub const REGISTRATION_RETRY_MAX: Duration = Duration::from_secs(300);
 /// A `Retry-After` beyond this is cut: the device must not be sent away for days.

@@ -2,8 +2,10 @@
 //! the start the system clock is set forward, if it is behind, to the later of the time this agent
 //! was built and the last time that the server has told (as systemd does with its build time).
 //!
-//! It is never set back, with one exception: if the server had told nonsense, all certificates are
-//! expired at the next start, and nothing could ever put it right. Then the step is undone.
+//! It is never set back, unless what it was set to was nonsense that the server had told. That is
+//! so if the server now tells an earlier time: then that one is kept instead, and the clock follows
+//! it. And it is so if the server's certificate is expired by then, so that nothing could ever put
+//! it right: then the step is undone.
 
 use std::cell::Cell;
 use std::io;
@@ -31,6 +33,9 @@ const BUILT_UNIX: u64 = match option_env!("SOURCE_DATE_EPOCH") {
 const RELEASED_UNIX: u64 = 1_795_392_000;
 
 const FILE: &str = "server-time";
+
+/// Times that differ by less are the same to a certificate.
+const FRESH_SECONDS: u64 = SERVER_TIME_WRITE_INTERVAL.as_secs();
 
 /// The system clock, or a test's.
 trait SystemClock {
@@ -107,7 +112,10 @@ impl ClockFloor {
         let mut pause = Duration::from_secs(15);
         loop {
             Timer::after(pause).await;
-            self.store(clock.last_told_unix());
+            if let Some(told_unix) = clock.told_unix() {
+                self.correct(told_unix, &Real);
+                self.store(told_unix);
+            }
             pause = SERVER_TIME_WRITE_INTERVAL / 144;
         }
     }
@@ -116,8 +124,12 @@ impl ClockFloor {
         let Some(path) = &self.path else {
             return;
         };
-        let least = self.stored_unix.get().max(BUILT_UNIX);
-        if told_unix < least + SERVER_TIME_WRITE_INTERVAL.as_secs() {
+        let stored_unix = self.stored_unix.get();
+        let is_news = told_unix >= stored_unix.max(BUILT_UNIX) + FRESH_SECONDS;
+        // What was kept is a time that has not come yet.
+        let is_correction =
+            (BUILT_UNIX..stored_unix.saturating_sub(FRESH_SECONDS)).contains(&told_unix);
+        if !(is_news || is_correction) {
             return;
         }
         // Also if it fails: the next try comes as late as the next success would.
@@ -129,6 +141,27 @@ impl ClockFloor {
             }
         };
         smol::unblock(write).detach();
+    }
+
+    /// The server tells a time well before the one to which the clock was set because of what the
+    /// server had told earlier: one of the two is wrong, and only the later word can be corrected
+    /// by a further one.
+    fn correct(&self, told_unix: u64, clock: &impl SystemClock) {
+        let now_unix = clock.now_unix();
+        if told_unix < BUILT_UNIX || now_unix < told_unix + FRESH_SECONDS {
+            return;
+        }
+        if self.believed.take().is_none() {
+            // Somebody else has set it.
+            return;
+        }
+        error!(
+            "the system clock was set to a time that the server had told, and now it tells an \
+             earlier one: the clock is set back from {now_unix} to {told_unix} (Unix time)"
+        );
+        if let Err(why) = clock.set_unix(told_unix) {
+            warn!("the clock cannot be set back: {why}");
+        }
     }
 
     /// A connection has failed: if its certificate is expired by a clock that was set to what the
@@ -312,23 +345,65 @@ mod tests {
     }
 
     #[test]
+    fn a_time_that_has_not_come_yet_is_corrected_by_the_next_that_is_told() {
+        let folder = TempDir::new();
+        let path = folder.file(FILE, LATER.to_string().as_bytes());
+        let clock = Fake::at(30);
+        let floor = ClockFloor::raise(path.clone(), &clock);
+        assert_eq!(clock.now_unix(), LATER);
+        clock.passes(60);
+        // Less than a day apart, and before the build: no reason.
+        for told in [LATER - 86_000, BUILT_UNIX - 1, 0] {
+            floor.correct(told, &clock);
+            floor.store(told);
+            assert_eq!(clock.now_unix(), LATER + 60, "{told}");
+            assert_eq!(floor.stored_unix.get(), LATER, "{told}");
+        }
+        let told = BUILT_UNIX + 90 * 86_400;
+        floor.correct(told, &clock);
+        floor.store(told);
+        assert_eq!(clock.now_unix(), told);
+        assert_eq!(stored(&path, told), told);
+        // Later than that nobody else's clock is touched.
+        clock.passes(500 * 86_400);
+        floor.correct(told, &clock);
+        assert_eq!(clock.now_unix(), told + 500 * 86_400);
+    }
+
+    #[test]
+    fn a_clock_that_was_not_set_from_what_was_told_is_not_corrected() {
+        let folder = TempDir::new();
+        let ahead = LATER + 900 * 86_400;
+        for (content, from) in [(&b""[..], 30), (LATER.to_string().as_bytes(), ahead)] {
+            let clock = Fake::at(from);
+            let floor = ClockFloor::raise(folder.file(FILE, content), &clock);
+            clock.passes(ahead);
+            let now = clock.now_unix();
+            floor.correct(BUILT_UNIX, &clock);
+            assert_eq!(clock.now_unix(), now);
+        }
+    }
+
+    /// What the file holds at last.
+    fn stored(path: &Path, expected: u64) -> u64 {
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while read(path) != expected && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        read(path)
+    }
+
+    #[test]
     fn the_servers_time_is_kept_once_a_day() {
         let folder = TempDir::new();
         let path = folder.path().join(FILE);
         let floor = ClockFloor::raise(path.clone(), &Fake::at(LATER));
-        let stored = || {
-            let deadline = std::time::Instant::now() + Duration::from_secs(5);
-            while read(&path) == 0 && std::time::Instant::now() < deadline {
-                std::thread::yield_now();
-            }
-            read(&path)
-        };
         floor.store(LATER);
-        assert_eq!(stored(), LATER);
+        assert_eq!(stored(&path, LATER), LATER);
         std::fs::remove_file(&path).expect("just written");
         floor.store(LATER + 86_399);
         assert_eq!(floor.stored_unix.get(), LATER, "not yet");
         floor.store(LATER + 86_400);
-        assert_eq!(stored(), LATER + 86_400);
+        assert_eq!(stored(&path, LATER + 86_400), LATER + 86_400);
     }
 }

@@ -49,6 +49,8 @@ pub enum Input {
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
+    /// Whether it, or a part of it, was gone before.
+    NetworkReturned(bool),
     Finals(Vec<WaitingFinal>),
     Reported(Arc<Ids>, ReportResult),
     Polled(Option<Option<Duration>>),
@@ -243,6 +245,7 @@ impl Driver {
                 self.session.task_ended(key);
             }
             Input::FinalStored => self.session.final_stored(),
+            Input::NetworkReturned(was_gone) => self.session.network_returned(was_gone, now),
             Input::Finals(waiting) => self.session.finals_listed(&waiting),
             Input::Reported(ids, result) => self.session.reported(&ids, &result, now),
             Input::Polled(failed) => {

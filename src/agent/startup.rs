@@ -18,7 +18,7 @@ use super::status::{self, Status};
 use super::{Context, boot_time, task_host};
 use crate::config::Config;
 use crate::executor::host::Host;
-use crate::limits::REGISTRATION_RETRY_MAX;
+use crate::limits::{NETWORK_RETURN_JITTER, REGISTRATION_RETRY_MAX};
 use crate::net::{self, Identity, Url};
 use crate::outbox;
 use crate::session::{self, Session};
@@ -107,7 +107,9 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
     executor
         .spawn(notifier.clone().keep_alive(store.clone(), inputs.clone()))
         .detach();
+    let interfaces = Rc::new(net::Interfaces::watch());
     let parts = Parts {
+        interfaces: interfaces.clone(),
         config,
         notifier,
         clock_floor,
@@ -133,6 +135,7 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         if let Some(context) = parts.register().or(stopped).await {
             let context = Rc::new(context);
             let _ = status.context.set(context.clone());
+            context.spawn(tell_returns(context.clone(), interfaces));
             serve(context, recovered, to_driver, begun).await;
         }
     };
@@ -211,8 +214,17 @@ impl StatusSource {
     }
 }
 
+/// A dial that waits need not wait longer.
+async fn tell_returns(context: Rc<Context>, interfaces: Rc<net::Interfaces>) {
+    loop {
+        let was_gone = interfaces.returned().await;
+        context.tell(Input::NetworkReturned(was_gone)).await;
+    }
+}
+
 struct Parts {
     config: Config,
+    interfaces: Rc<net::Interfaces>,
     notifier: Rc<Notifier>,
     clock_floor: Rc<ClockFloor>,
     settings: net::Settings,
@@ -285,8 +297,17 @@ impl Parts {
                 delay.as_secs_f32()
             );
             self.refusal.replace(Some(why));
-            Timer::after(delay).await;
-            delay = (delay * 2).min(REGISTRATION_RETRY_MAX);
+            let over = async {
+                Timer::after(delay).await;
+                (delay * 2).min(REGISTRATION_RETRY_MAX)
+            };
+            let returned = async {
+                self.interfaces.returned().await;
+                // Its name servers and routes may take a moment longer.
+                Timer::after(NETWORK_RETURN_JITTER).await;
+                config.registration_retry_initial_delay
+            };
+            delay = over.or(returned).await;
         }
     }
 

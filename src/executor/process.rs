@@ -18,7 +18,6 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, waitid,
 };
 use smol::Timer;
-use wait4::Wait4;
 
 use super::ending::Hunt;
 use super::host::Host;
@@ -28,6 +27,7 @@ use crate::ids::AttemptKey;
 use crate::limits::{
     DROPPED_TASK_LOOKS, EXIT_POLL_INTERVAL, GROUP_POLL_INTERVAL_MIN, LEFTOVER_GRACE,
 };
+use crate::reaping;
 
 pub struct Group {
     host: Rc<Host>,
@@ -129,20 +129,20 @@ impl Group {
 
     /// Collects the exit status of the leader, which must have exited.
     pub fn reap(&mut self) -> (Cause, Usage) {
-        let ended = self.child.wait4();
+        let ended = reaping::collect(self.id());
         self.reaped = true;
         self.host.has_ended(self.leader);
         self.host.collect_adopted();
         match ended {
-            Ok(ended) => {
-                let cause = match (ended.status.code(), ended.status.signal()) {
+            Ok((status, used)) => {
+                let cause = match (status.code(), status.signal()) {
                     (Some(code), _) => Cause::Exited(code),
                     (None, signal) => Cause::Signalled(signal.unwrap_or(0)),
                 };
                 let usage = Usage {
-                    user: ended.rusage.utime,
-                    system: ended.rusage.stime,
-                    memory_peak_bytes: ended.rusage.maxrss,
+                    user: used.user,
+                    system: used.system,
+                    memory_peak_bytes: used.memory_peak_bytes,
                 };
                 (cause, usage)
             }

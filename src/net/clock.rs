@@ -6,11 +6,12 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
 use super::url::Url;
+use crate::clock;
 
 /// A smaller correction is the age of the header and the rounding of its seconds.
 const WORTH_TELLING_SECONDS: u64 = 5;
@@ -19,8 +20,8 @@ const WORTH_TELLING_SECONDS: u64 = 5;
 #[derive(Debug, Clone)]
 pub struct ServerClock {
     learnt: Rc<Cell<Option<Learnt>>>,
-    /// The latest time that a server was heard to tell; 0: none yet.
-    told_unix: Rc<Cell<u64>>,
+    /// What a server was last heard to tell.
+    told: Rc<Cell<Option<Learnt>>>,
     /// Whether a `Date` that came without TLS is believed: only where there is no TLS at all.
     plain_trusted: bool,
 }
@@ -37,7 +38,7 @@ impl ServerClock {
     pub fn new(control_plane: &Url) -> ServerClock {
         ServerClock {
             learnt: Rc::default(),
-            told_unix: Rc::default(),
+            told: Rc::default(),
             plain_trusted: !control_plane.tls,
         }
     }
@@ -50,15 +51,18 @@ impl ServerClock {
         }
     }
 
-    /// The latest time that a server was heard to tell, Unix seconds; 0: none yet.
-    pub fn last_told_unix(&self) -> u64 {
-        self.told_unix.get()
+    /// What time it is now by the last server that was heard to tell, Unix seconds.
+    pub fn told_unix(&self) -> Option<u64> {
+        self.told.get().map(|told| told.after(since_boot()))
     }
 
     /// Notes the `Date` of an answer that was accepted. `tls`: as for [`ServerClock::learn`].
     pub fn told(&self, date: Option<&str>, tls: bool) {
         if let Some(server_unix) = date.and_then(|date| self.trusted(date, tls)) {
-            self.told_unix.set(server_unix.max(self.told_unix.get()));
+            self.told.set(Some(Learnt {
+                server_unix,
+                at: since_boot(),
+            }));
         }
     }
 
@@ -98,10 +102,7 @@ impl Learnt {
 
 /// What the system clock says, Unix seconds; 0 before 1970.
 pub fn system_unix() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs()
+    clock::since_epoch().as_secs()
 }
 
 /// Counts through suspend and is never stepped.

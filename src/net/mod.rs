@@ -6,6 +6,7 @@
 //! - [`identity`]: the agent's files: key, fingerprint and id; [`state_file`] writes them.
 //! - [`signature`]: the headers that authenticate a request.
 //! - [`http`] and [`api`]: the HTTP client and the calls of PROTOCOL.md 2.
+//! - [`interfaces`]: the return of the network.
 //! - [`websocket`] and [`write_loop`]: the two sides of a WebSocket connection.
 //!
 //! Invariants: every wait has a limit ([`Timeouts`]) and every buffer a bound. What a peer sends
@@ -20,6 +21,7 @@ pub mod error;
 pub mod fuzzing;
 pub mod http;
 pub mod identity;
+pub mod interfaces;
 pub mod proxy;
 pub mod signature;
 pub mod state_file;
@@ -42,6 +44,7 @@ pub use clock::{ServerClock, system_unix};
 pub use dial::{Connection, Dialer};
 pub use error::NetError;
 pub use identity::{Identity, IdentityError};
+pub use interfaces::Interfaces;
 pub use signature::{Signer, verify_signature};
 pub use url::{Kind, Url};
 pub use websocket::{Incoming, Utf8Bytes, WsReader, WsWriter, connect_websocket};

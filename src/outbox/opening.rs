@@ -11,7 +11,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use async_channel::Sender;
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -25,6 +25,7 @@ use super::record::Entry;
 use super::recovery::{self, OpenError};
 use super::segment::INCARNATION_BYTES;
 use super::types::*;
+use crate::clock;
 use crate::ids::AttemptKey;
 use crate::limits::{
     FINAL_OUTPUT_BYTES_MAX, INDEX_CHECK_MEMORY_BYTES, INDEX_CHECK_TIMEOUT, MEMORY_STORE_BYTES,
@@ -312,6 +313,5 @@ fn hex(number: u64) -> [u8; INCARNATION_BYTES] {
 }
 
 pub(super) fn wall_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
+    clock::since_epoch().as_millis() as u64
 }

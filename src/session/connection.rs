@@ -7,10 +7,14 @@ use log::{info, warn};
 use super::{EXTENSIONS, Effect, Granted, Lease, Now, Session, Settings, hello};
 use crate::ids::{AttemptKey, Ids, Stream};
 use crate::limits::{
-    BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, OPEN_ATTEMPTS_MAX, PONG_TIMEOUT,
+    BACKOFF_RESET, CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, NETWORK_PROBE_TIMEOUT,
+    NETWORK_RETURN_JITTER, OPEN_ATTEMPTS_MAX, PONG_TIMEOUT, RECONNECT_FLOOR,
 };
 use crate::wire::message_id::Piece;
 use crate::wire::{Hello, HelloAck, MessageId};
+
+/// The network layer has limits of its own for the connect and for the upgrade after it.
+const DIAL_TIMEOUT: Duration = CONNECT_TIMEOUT.saturating_mul(2);
 
 #[derive(Debug)]
 pub(super) enum Link {
@@ -18,6 +22,8 @@ pub(super) enum Link {
     Off,
     Down {
         dial_at: Now,
+        /// The server has named the time (`Retry-After`): nothing brings it forward.
+        is_told: bool,
     },
     Dialing {
         deadline: Now,
@@ -31,6 +37,8 @@ pub(super) enum Link {
         since: Now,
         heard_at: Now,
         pinged_at: Now,
+        /// The network has come back, and nothing has been heard since.
+        probed_at: Option<Now>,
         proven: bool,
     },
 }
@@ -80,14 +88,16 @@ impl Link {
     pub fn next_deadline(&self, settings: &Settings) -> Option<Now> {
         match *self {
             Link::Off => None,
-            Link::Down { dial_at } => Some(dial_at),
+            Link::Down { dial_at, .. } => Some(dial_at),
             Link::Dialing { deadline } | Link::Handshake { deadline, .. } => Some(deadline),
             Link::Active {
                 since,
                 heard_at,
                 pinged_at,
+                probed_at,
                 proven,
             } => {
+                let probe = probed_at.map(|at| at + NETWORK_PROBE_TIMEOUT);
                 let reset = (!proven).then_some(since + BACKOFF_RESET);
                 let ping_or_pong = pinged_at
                     + if pinged_at > heard_at {
@@ -95,7 +105,7 @@ impl Link {
                     } else {
                         settings.ping_interval
                     };
-                reset.into_iter().chain([ping_or_pong]).min()
+                reset.into_iter().chain(probe).chain([ping_or_pong]).min()
             }
         }
     }
@@ -150,6 +160,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.last_error = Some(why.to_owned());
         self.link = Link::Down {
             dial_at: now + delay,
+            is_told: retry_after.is_some(),
         };
         self.lease = None;
         self.granted = Granted::default();
@@ -206,8 +217,57 @@ impl<C: Copy + Ord + Default> Session<C> {
 
     /// Anything has arrived, pongs included.
     pub fn heard(&mut self, now: Now) {
-        if let Link::Active { heard_at, .. } = &mut self.link {
+        if let Link::Active {
+            heard_at,
+            probed_at,
+            ..
+        } = &mut self.link
+        {
             *heard_at = now;
+            *probed_at = None;
+        }
+    }
+
+    /// A network interface or an address is there that was not. What waits for a network tries
+    /// soon. `was_gone`: one has gone before, so that a connection may be dead without a sign of
+    /// it: TCP may wait longer until it repeats than the network was away.
+    pub fn network_returned(&mut self, was_gone: bool, now: Now) {
+        match &mut self.link {
+            Link::Off => {}
+            Link::Down { .. } => self.dial_soon(now),
+            // What was sent into nothing is repeated after a second, two, four and so on.
+            Link::Dialing { deadline } => {
+                if was_gone && now + DIAL_TIMEOUT >= *deadline + NETWORK_PROBE_TIMEOUT {
+                    self.close("cannot connect: the network was gone", None, now);
+                    self.dial_soon(now);
+                }
+            }
+            Link::Handshake { deadline, .. } => {
+                if was_gone && now + HANDSHAKE_TIMEOUT >= *deadline + NETWORK_PROBE_TIMEOUT {
+                    self.close("the network was gone during the handshake", None, now);
+                    self.dial_soon(now);
+                }
+            }
+            Link::Active { probed_at, .. } => {
+                if was_gone && probed_at.is_none() {
+                    *probed_at = Some(now);
+                    self.effects.push_back(Effect::Ping);
+                }
+            }
+        }
+    }
+
+    /// Brings the next dial forward, unless the server has named its time.
+    fn dial_soon(&mut self, now: Now) {
+        if let Link::Down {
+            dial_at,
+            is_told: false,
+        } = &mut self.link
+        {
+            self.backoff.reset();
+            let jitter = self.random.up_to(NETWORK_RETURN_JITTER);
+            *dial_at = (*dial_at).min(now + jitter.max(RECONNECT_FLOOR));
+            info!("the network has returned: connecting soon");
         }
     }
 
@@ -240,6 +300,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             since: now,
             heard_at: now,
             pinged_at: now,
+            probed_at: None,
             proven: false,
         };
         self.granted = Granted {
@@ -358,10 +419,10 @@ impl<C: Copy + Ord + Default> Session<C> {
     pub(super) fn advance_link(&mut self, now: Now) {
         match self.link {
             Link::Off => {}
-            Link::Down { dial_at } => {
+            Link::Down { dial_at, .. } => {
                 if now >= dial_at {
                     self.link = Link::Dialing {
-                        deadline: now + 2 * CONNECT_TIMEOUT,
+                        deadline: now + DIAL_TIMEOUT,
                     };
                     self.effects.push_back(Effect::Dial);
                 }
@@ -380,8 +441,14 @@ impl<C: Copy + Ord + Default> Session<C> {
                 since,
                 heard_at,
                 pinged_at,
+                probed_at,
                 proven,
             } => {
+                if probed_at.is_some_and(|at| now >= at + NETWORK_PROBE_TIMEOUT) {
+                    self.close("nothing came after the network's return", None, now);
+                    self.dial_soon(now);
+                    return;
+                }
                 let awaits_pong = pinged_at > heard_at;
                 if awaits_pong && now >= pinged_at + PONG_TIMEOUT {
                     self.close("the server does not answer pings", None, now);

@@ -84,7 +84,8 @@ fn event(world: &mut World, choices: &mut Choices) -> bool {
             world.session.dial_failed("refused", after, now);
         }
         0..=6 | 10..=14 => connection_goes_on(world),
-        15 if world.is_open => world.session.heard(now),
+        15 if world.is_open && choices.toss() => world.session.heard(now),
+        15 => world.session.network_returned(choices.toss(), now),
         16..=18 => {
             let (ids, stream) = (world::ids(choices.task()), choices.stream());
             let bytes = [0, 1, 5461, 16 << 10][choices.below(4)];

@@ -233,6 +233,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         let link = if settings.websocket {
             Link::Down {
                 dial_at: now + random.up_to(settings.reconnect_min),
+                is_told: false,
             }
         } else {
             Link::Off

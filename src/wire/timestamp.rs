@@ -1,9 +1,10 @@
 //! Times on the wire: RFC 3339 in UTC with milliseconds.
 
 use std::fmt;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Serialize, Serializer};
+
+use crate::clock;
 
 /// Milliseconds since the Unix epoch; printed as `2026-01-31T12:00:00.000Z`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,10 +12,8 @@ pub struct Timestamp(pub u64);
 
 impl Timestamp {
     pub fn now() -> Timestamp {
-        let since_epoch = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        Timestamp(u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX))
+        let millis = clock::since_epoch().as_millis();
+        Timestamp(u64::try_from(millis).unwrap_or(u64::MAX))
     }
 }
 

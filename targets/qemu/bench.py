@@ -86,7 +86,9 @@ def _image(agent: str, directory: str, ca_file: str | None) -> None:
 
 def _data_partition(work: str) -> bytes:
     path = os.path.join(work, "data.ext4")
-    _run(["mke2fs", "-q", "-t", "ext4", "-L", "data", path, f"{DATA_MIB}M"])
+    # Complete, so that the device has no rest of this to write.
+    whole = "lazy_itable_init=0,lazy_journal_init=0"
+    _run(["mke2fs", "-q", "-t", "ext4", "-E", whole, "-L", "data", path, f"{DATA_MIB}M"])
     with open(path, "rb") as file:
         content = file.read()
     os.unlink(path)
@@ -94,10 +96,10 @@ def _data_partition(work: str) -> bytes:
 
 
 def _certificate(work: str) -> tuple[str, str]:
-    """Self-signed, valid from now on, for the address under which the guest sees the host."""
+    """Self-signed, valid from now on until after 2038, for the address under which the guest sees the host."""
     certificate, key = os.path.join(work, "cert.pem"), os.path.join(work, "key.pem")
     _run([
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=gateway",
+        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "7300", "-subj", "/CN=gateway",
         "-addext", "subjectAltName=IP:10.0.2.2,IP:127.0.0.1", "-keyout", key, "-out", certificate,
     ], stderr=subprocess.DEVNULL)
     return certificate, key

@@ -3,6 +3,9 @@
 What is written stays volatile until the guest flushes. A power cut keeps a random part of what was
 volatile, sector by sector: nothing, all, what came first, or any subset. So a write that nobody
 flushed may be lost, torn, or overtaken by a later one, as on a real disk or eMMC.
+
+A guest that flushes what it writes at once leaves little volatile at any moment that a clock picks. So
+the disk itself can be told when the power goes: at a flush, before anything of it has happened.
 """
 
 import os
@@ -26,14 +29,33 @@ _FORCE_UNIT_ACCESS = 1
 _EXPORT_FLAGS = 1 | 4 | 8
 
 
+class PowerGone(Exception):
+    pass
+
+
+def _swallow(stream) -> None:
+    """Until the emulator is killed: a closed connection would be an I/O error to its guest."""
+    try:
+        while stream.read(SECTOR_BYTES):
+            pass
+    except OSError:
+        pass
+
+
 class Disk:
-    """`content` survives cuts. `flushes` and `lost_sectors` are counted for the report."""
+    """`content` survives cuts. Flushes that had something to do, cuts that met something volatile and
+    the sectors lost by them are counted for the report."""
 
     def __init__(self, content: bytes, socket_path: str):
         self.durable = bytearray(content)
         self.volatile: dict[int, bytes] = {}  # sector → newest bytes, in order of their last write
         self.flushes = 0
+        self.written_bytes = 0
         self.lost_sectors = 0
+        self.cuts_met_volatile = 0
+        # The power has gone at the flush that `fail_at_flush` has named.
+        self.failed = threading.Event()
+        self._flushes_until_failure = 0
         self.socket_path = socket_path
         self._lock = threading.Lock()
         # A request of an emulator that is dead must not reach the disk after its cut.
@@ -45,10 +67,17 @@ class Disk:
         self._listener.listen(4)
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def fail_at_flush(self, number: int) -> None:
+        """The power goes when the guest flushes something for the `number`th time from now on."""
+        with self._lock:
+            self._flushes_until_failure = number
+
     def cut(self, chance: random.Random) -> str:
         """The power is gone: settles what of the volatile sectors got to the medium."""
         with self._lock:
             self._epoch += 1
+            self._flushes_until_failure = 0
+            self.failed.clear()
             sectors = list(self.volatile.items())
             manner = chance.choice(["none", "all", "first", "any", "any", "most"])
             if manner == "none":
@@ -64,6 +93,7 @@ class Disk:
                 start = sector * SECTOR_BYTES
                 self.durable[start : start + SECTOR_BYTES] = data
             self.lost_sectors += len(sectors) - len(kept)
+            self.cuts_met_volatile += bool(sectors)
             self.volatile.clear()
             return f"{manner}: {len(kept)} of {len(sectors)} unflushed sectors kept"
 
@@ -82,7 +112,8 @@ class Disk:
         assert offset % SECTOR_BYTES == 0 and len(data) % SECTOR_BYTES == 0, (offset, len(data))
         with self._lock:
             if epoch != self._epoch:
-                return
+                raise PowerGone
+            self.written_bytes += len(data)
             if force:
                 self.durable[offset : offset + len(data)] = data
             for start in range(0, len(data), SECTOR_BYTES):
@@ -94,7 +125,16 @@ class Disk:
     def _flush(self, epoch: int) -> None:
         with self._lock:
             if epoch != self._epoch:
+                raise PowerGone
+            if not self.volatile:
                 return
+            if self._flushes_until_failure:
+                self._flushes_until_failure -= 1
+                if not self._flushes_until_failure:
+                    # Nothing reaches the medium any more, and nobody gets an answer.
+                    self._epoch += 1
+                    self.failed.set()
+                    raise PowerGone
             for sector, data in self.volatile.items():
                 start = sector * SECTOR_BYTES
                 self.durable[start : start + SECTOR_BYTES] = data
@@ -120,6 +160,8 @@ class Disk:
         try:
             if self._negotiate(connection, take):
                 self._transmit(connection, take, epoch)
+        except PowerGone:
+            _swallow(stream)
         except (EOFError, OSError):
             pass  # The emulator was killed.
         finally:

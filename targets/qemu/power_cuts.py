@@ -4,8 +4,9 @@
     power_cuts.py CUTS [SEED]
 
 The emulator is killed at random moments: while the device boots, registers, recovers, runs tasks, or
-has been sending into a network that swallows everything. Its disk keeps a random part of what was not
-flushed (disk.py). Then the device is switched on again. Checked is that
+has been sending into a network that swallows everything; mostly just when it flushes its disk, so that
+there is something to lose. The disk keeps a random part of what was not flushed (disk.py). Then the
+device is switched on again. Checked is that
 
 - the agent comes up by itself, with the same identity;
 - every byte and final that it ever sent, and so every acknowledged one, is at the gateway at last,
@@ -32,6 +33,9 @@ SETTINGS = {
 }
 # Tasks that may be under way before further ones are submitted.
 OPEN_TASKS_MAX = 5
+# Flushes until a cut, on average.
+TASK_FLUSHES = 12
+BOOT_FLUSHES = 4
 # Cuts that come before the agent has registered for the first time.
 FIRST_BOOT_CUTS = 3
 
@@ -147,24 +151,31 @@ class Campaign:
         chance = random.Random(f"{self.seed}/{number}")
         self.power_on()
         if number <= FIRST_BOOT_CUTS or chance.random() < 0.15:
-            moment = chance.uniform(0.2, 1.2) * self.boot_seconds
-            time.sleep(moment)
-            return f"cut {moment:.2f} s after power-on; {self.power_off(chance)}"
+            told = self.wait_for_cut(chance, chance.uniform(0.2, 1.2) * self.boot_seconds, BOOT_FLUSHES)
+            return f"during the start, {told}; {self.power_off(chance)}"
         self.connected()
         self.check()
         if len(self.open) > OPEN_TASKS_MAX:
             self.drain(OPEN_TASKS_MAX // 2)
         for each in range(chance.randint(1, 3)):
             self.submit(f"t{number}-{each}", chance)
-        moment = chance.expovariate(1.0)
-        time.sleep(min(moment, 5.0))
-        told = f"up after {self.boot_seconds:.1f} s, cut {moment:.2f} s later"
+        told = f"up after {self.boot_seconds:.1f} s, "
         if chance.random() < 0.4:
-            silence = chance.uniform(0.05, 3.0)
+            moment = min(chance.expovariate(1.0), 5.0)
+            time.sleep(moment)
             self.tap.hold()
-            time.sleep(silence)
-            told += f" and {silence:.2f} s into silence"
+            told += f"silence {moment:.2f} s later, "
+        told += self.wait_for_cut(chance, min(chance.expovariate(0.7), 5.0), TASK_FLUSHES)
         return f"{told}; {self.power_off(chance)}"
+
+    def wait_for_cut(self, chance: random.Random, seconds: float, flushes: int) -> str:
+        """Until then, or until one of the next flushes, `flushes` on average."""
+        number = 0 if chance.random() < 0.25 else 1 + int(chance.expovariate(1 / flushes))
+        self.bench.disk.fail_at_flush(number)
+        # A guest that flushes no more is cut nevertheless.
+        if self.bench.disk.failed.wait(seconds if not number else 5.0 + self.boot_seconds):
+            return f"cut at flush {number}"
+        return f"cut before flush {number}" if number else f"cut {seconds:.2f} s later"
 
     def finish(self) -> None:
         self.power_on()
@@ -195,7 +206,8 @@ def main() -> int:
         print(
             f"{given.cuts} power cuts with seed {given.seed} in {time.monotonic() - begun:.0f} s:"
             f" {campaign.checked} tasks ended, {tap.frames} messages noted, {tap.repeated} repeated and the"
-            f" same, {bench.disk.flushes} flushes, {bench.disk.lost_sectors} unflushed sectors lost"
+            f" same, {bench.disk.flushes} flushes; {bench.disk.cuts_met_volatile} cuts met unflushed"
+            f" sectors, {bench.disk.lost_sectors} of them were lost"
         )
     return 0
 

@@ -15,6 +15,8 @@ from bench import PATIENCE_SECONDS, Bench, arguments
 from device import Device
 
 RESIDENT_KIB_MAX = 10 * 1024
+# The journal is committed after 5 s, what is dirty written back after 30 s.
+IDLE_SETTLES_SECONDS = 45
 # Bulk output, so that what is measured is the agent at work; then its memory, as a task sees it.
 BULK = "i=0; while [ $i -lt 20000 ]; do echo \"$i $i $i $i $i $i $i $i $i $i $i $i\"; i=$((i+1)); done"
 MEMORY = "grep -E '^(VmHWM|VmRSS|RssAnon|RssFile)' /proc/$PPID/status; grep -E 'MemTotal|MemAvailable' /proc/meminfo"
@@ -53,6 +55,15 @@ def check_memory(bench: Bench) -> int:
     return int(re.search(r"VmHWM:\s*(\d+) kB", report)[1])
 
 
+def check_idle(bench: Bench, seconds: float) -> None:
+    """How much is written while nothing runs. What the file system still had to write comes first."""
+    time.sleep(IDLE_SETTLES_SECONDS)
+    written, flushes = bench.disk.written_bytes, bench.disk.flushes
+    time.sleep(seconds)
+    written, flushes = bench.disk.written_bytes - written, bench.disk.flushes - flushes
+    print(f"idle for {seconds:.0f} s: {written} bytes written to the data partition, {flushes} flushes")
+
+
 def check_power_cut(bench: Bench, scheme: str) -> None:
     task = bench.gateway.submit("i=0; while :; do echo line $i; i=$((i+1)); done")
     bench.gateway.wait(lambda: bench.gateway.task(task)["stdout"]["bytes"] > 20000, "output", PATIENCE_SECONDS)
@@ -71,6 +82,7 @@ def check_power_cut(bench: Bench, scheme: str) -> None:
 def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--plain", action="store_true", help="HTTP instead of TLS")
+    parser.add_argument("--idle", type=float, default=0, help="seconds to watch the disk while nothing runs")
     given = parser.parse_args()
     scheme = "http" if given.plain else "https"
     with Bench(given, tls=not given.plain) as bench:
@@ -80,6 +92,8 @@ def main() -> int:
         print(f"registered as {agent['id']}")
         check_streaming(bench)
         resident = check_memory(bench)
+        if given.idle:
+            check_idle(bench, given.idle)
         check_power_cut(bench, scheme)
     print(f"most resident: {resident} KiB of at most {RESIDENT_KIB_MAX}")
     return 0 if resident <= RESIDENT_KIB_MAX else 1
