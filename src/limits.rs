@@ -212,6 +212,8 @@ pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
 pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;
 /// Encoded frames waiting in the data lane of the write loop.
 pub const DATA_LANE_FRAMES: usize = 4;
+/// A frame's buffer that a rare large message has blown up beyond this is not used again.
+pub const SPENT_FRAME_BYTES_MAX: usize = 6 * CHUNK_BYTES_MAX;
 /// The write loop masks frames into one buffer of this size and writes it when it is full.
 pub const WRITE_BUFFER_BYTES: usize = 64 * KIB;
 /// The largest frame that the agent can send is a final: two texts, each byte of which JSON may
@@ -349,7 +351,8 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
 //              one segment read for replay                                                  520 KiB
 //   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
-//   net        data lane, DATA_LANE_FRAMES × 16 KiB, six times that if JSON must escape     384 KiB
+//   net        data lane, (DATA_LANE_FRAMES + 2) × 16 KiB, six times that if JSON must
+//              escape                                                                       576 KiB
 //              one inbound message, raw and decoded                                       2,048 KiB
 //              write buffer and read buffers                                                 96 KiB
 //

@@ -74,12 +74,14 @@ async fn run(
     };
     context.tell(Input::Connected(id)).await;
     let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
+    // Those in the lane, one being written and one being filled.
+    let (spent, spare) = async_channel::bounded(DATA_LANE_FRAMES + 2);
     let goodbye = Cell::new(None);
     let why = future::or(
-        net::write_loop(writer, control, data_lane),
+        net::write_loop(writer, control, data_lane, spent),
         future::or(
             read_loop(&context, id, reader, &goodbye),
-            send_batches(&context, id, batches, data),
+            send_batches(&context, id, batches, data, spare),
         ),
     )
     .await;
@@ -123,16 +125,21 @@ async fn read_loop(
     }
 }
 
-/// Encodes batch after batch into the data lane, which holds few frames.
+/// Encodes batch after batch into the data lane, which holds few frames; `spare` gives their buffers
+/// back.
 async fn send_batches(
     context: &Rc<Context>,
     id: u64,
     batches: Receiver<OutBatch>,
     data: Sender<Vec<u8>>,
+    spare: Receiver<Vec<u8>>,
 ) -> String {
     while let Ok(out) = batches.recv().await {
         for admitted in &out.admission {
-            let frame = frames::encode(
+            let mut frame = spare.try_recv().unwrap_or_default();
+            frame.clear();
+            frames::encode(
+                &mut frame,
                 &out.batch.messages[admitted.index],
                 &out.batch.buffer,
                 admitted.truncated,

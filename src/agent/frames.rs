@@ -36,15 +36,16 @@ pub fn candidate(message: &outbox::Message) -> Candidate<outbox::Cursor> {
     }
 }
 
-/// Encodes one message of a batch; `payload` is the batch's buffer.
+/// Appends one message of a batch to `frame`; `payload` is the batch's buffer.
 pub fn encode(
+    frame: &mut Vec<u8>,
     message: &outbox::Message,
     payload: &[u8],
     truncated_locally: bool,
     granted: Granted,
     incarnation: &str,
     agent_id: &str,
-) -> Vec<u8> {
+) {
     let piece = candidate(message).piece;
     let id = message_id(incarnation, message.key, piece);
     match &message.body {
@@ -55,7 +56,7 @@ pub fn encode(
             ..
         } => {
             let bytes = &payload[data.clone()];
-            let mut frame = Vec::with_capacity(bytes.len() + bytes.len() / 16 + FRAME_OVERHEAD);
+            frame.reserve(bytes.len() + bytes.len() / 16 + FRAME_OVERHEAD);
             let output = OutputPayload {
                 stream: *stream,
                 bytes,
@@ -67,8 +68,7 @@ pub fn encode(
                 sequence: *sequence,
                 payload: output,
             }
-            .encode(id, agent_id, Timestamp::now(), &mut frame);
-            frame
+            .encode(id, agent_id, Timestamp::now(), frame);
         }
         Body::Final {
             status,
@@ -88,7 +88,7 @@ pub fn encode(
                 error_truncated: *error_truncated,
                 usage: usage.filter(|_| granted.usage),
             };
-            encode_final(&message.ids, &result, incarnation, agent_id)
+            encode_final(frame, &message.ids, &result, incarnation, agent_id);
         }
     }
 }
@@ -110,25 +110,27 @@ pub fn encode_stored_final(
         error_truncated: fin.error_truncated,
         usage: fin.usage.filter(|_| granted.usage),
     };
-    encode_final(ids, &result, incarnation, agent_id)
+    let mut frame = Vec::new();
+    encode_final(&mut frame, ids, &result, incarnation, agent_id);
+    frame
 }
 
 fn encode_final(
+    frame: &mut Vec<u8>,
     ids: &Ids,
     result: &FinalPayload<Lossy<'_>>,
     incarnation: &str,
     agent_id: &str,
-) -> Vec<u8> {
+) {
     let text = |text: &Option<Lossy<'_>>| text.map_or(0, |text| text.0.len());
     let size = text(&result.output) + text(&result.error);
-    let mut frame = Vec::with_capacity(size + size / 16 + FRAME_OVERHEAD);
+    frame.reserve(size + size / 16 + FRAME_OVERHEAD);
     let id = message_id(incarnation, ids.key(), Piece::Final);
     let message = AgentMessage::Final {
         ids,
         payload: result,
     };
-    message.encode(id, agent_id, Timestamp::now(), &mut frame);
-    frame
+    message.encode(id, agent_id, Timestamp::now(), frame);
 }
 
 /// A message about an attempt without a payload.

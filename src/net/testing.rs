@@ -332,7 +332,10 @@ pub fn lanes(
 ) {
     let (control, control_lane) = async_channel::bounded(16);
     let (data, data_lane) = async_channel::bounded(4);
-    (control, data, write_loop(writer, control_lane, data_lane))
+    // Nobody takes the buffers back.
+    let (spent, _) = async_channel::bounded(1);
+    let written = write_loop(writer, control_lane, data_lane, spent);
+    (control, data, written)
 }
 
 // ---- certificates -----------------------------------------------------------------------------

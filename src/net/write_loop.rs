@@ -9,12 +9,12 @@
 use std::io;
 use std::time::Duration;
 
-use async_channel::{Receiver, TryRecvError};
+use async_channel::{Receiver, Sender, TryRecvError};
 use futures_lite::{AsyncWriteExt as _, future};
 use smol::Timer;
 
 use super::websocket::{Reply, WsWriter};
-use crate::limits::WRITE_BUFFER_BYTES;
+use crate::limits::{SPENT_FRAME_BYTES_MAX, WRITE_BUFFER_BYTES};
 
 /// What goes before all data.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,11 +27,13 @@ pub enum Control {
 }
 
 /// Writes until the connection ends, and says why it ended: a `Close` that was sent, an error, a
-/// write without progress, or both lanes closed and empty. `data` are encoded envelopes, UTF-8.
+/// write without progress, or both lanes closed and empty. `data` are encoded envelopes, UTF-8;
+/// their buffers go back through `spent`, if it has room.
 pub async fn write_loop(
     writer: WsWriter,
     control: Receiver<Control>,
     data: Receiver<Vec<u8>>,
+    spent: Sender<Vec<u8>>,
 ) -> String {
     let lanes = Lanes {
         replies: writer.replies.clone(),
@@ -43,13 +45,17 @@ pub async fn write_loop(
         buffer: Vec::with_capacity(WRITE_BUFFER_BYTES),
         masks: Masks::new(),
     };
-    match run(&lanes, &mut sink).await {
+    match run(&lanes, &mut sink, &spent).await {
         Ok(reason) => reason.to_string(),
         Err(reason) => reason,
     }
 }
 
-async fn run(lanes: &Lanes, sink: &mut Sink) -> Result<&'static str, String> {
+async fn run(
+    lanes: &Lanes,
+    sink: &mut Sink,
+    spent: &Sender<Vec<u8>>,
+) -> Result<&'static str, String> {
     loop {
         let next = match lanes.ready() {
             Some(next) => next,
@@ -60,7 +66,15 @@ async fn run(lanes: &Lanes, sink: &mut Sink) -> Result<&'static str, String> {
         };
         let (opcode, payload) = match next {
             Next::Reply(Reply::Pong(payload)) => (Opcode::Pong, Vec::from(payload)),
-            Next::Control(Control::Text(payload)) | Next::Data(payload) => (Opcode::Text, payload),
+            Next::Control(Control::Text(payload)) => (Opcode::Text, payload),
+            Next::Data(payload) => {
+                sink.frame(Opcode::Text, &payload).await?;
+                if payload.capacity() <= SPENT_FRAME_BYTES_MAX {
+                    // With no room the sender has buffers enough.
+                    let _ = spent.try_send(payload);
+                }
+                continue;
+            }
             Next::Control(Control::Ping) => (Opcode::Ping, Vec::new()),
             Next::Reply(Reply::Close(code)) => {
                 let payload = code.map_or(Vec::new(), |code| code.to_be_bytes().to_vec());

@@ -4,8 +4,10 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use super::envelope::{DecodeError, Empty, Envelope, Header, write_frame};
-use super::text::{Base64, Lossy};
+use super::envelope::{
+    DecodeError, Empty, Envelope, Header, push_json, write_frame, write_frame_around,
+};
+use super::text::{Lossy, push_base64, push_lossy, push_string};
 use super::timestamp::Timestamp;
 use crate::ids::{FinalStatus, Ids, Stream, Usage};
 
@@ -119,22 +121,24 @@ pub struct OutputPayload<'a> {
     pub binary_granted: bool,
 }
 
-impl Serialize for OutputPayload<'_> {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        use serde::ser::SerializeStruct;
-        let mut object = serializer.serialize_struct("OutputPayload", 5)?;
-        object.serialize_field("stream", &self.stream)?;
+impl OutputPayload<'_> {
+    /// Appends the JSON object: the bytes go from where they lie into the frame in one step.
+    fn write(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(b"{\"stream\":");
+        push_string(out, self.stream.as_str());
         if self.binary_granted && std::str::from_utf8(self.bytes).is_err() {
-            object.serialize_field("encoding", "base64")?;
-            object.serialize_field("data", &Base64(self.bytes))?;
+            out.extend_from_slice(b",\"encoding\":\"base64\",\"data\":");
+            push_base64(out, self.bytes);
         } else {
-            object.serialize_field("data", &Lossy(self.bytes))?;
+            out.extend_from_slice(b",\"data\":");
+            push_lossy(out, self.bytes);
         }
-        object.serialize_field("byte_count", &self.bytes.len())?;
+        out.extend_from_slice(b",\"byte_count\":");
+        push_json(out, &self.bytes.len());
         if self.truncated_locally {
-            object.serialize_field("truncated_locally", &true)?;
+            out.extend_from_slice(b",\"truncated_locally\":true");
         }
-        object.end()
+        out.push(b'}');
     }
 }
 
@@ -201,7 +205,8 @@ impl AgentMessage<'_> {
                 payload,
             } => {
                 let (ids, sequence) = (Some(ids), Some(sequence));
-                write_frame(out, header, "task.output", ids, sequence, payload);
+                let write = |out: &mut Vec<u8>| payload.write(out);
+                write_frame_around(out, header, "task.output", ids, sequence, write);
             }
             AgentMessage::Final { ids, payload } => {
                 let ids = Some(ids);

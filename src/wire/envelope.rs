@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
+use super::text::push_string;
 use super::timestamp::Timestamp;
 use crate::ids::Ids;
 use crate::limits::NAME_BYTES_MAX;
@@ -142,24 +143,6 @@ impl<'a> Envelope<'a> {
     }
 }
 
-/// An envelope to be written. `payload` must serialize as an object.
-#[derive(Serialize)]
-pub(super) struct Outgoing<'a, I: Serialize, P: Serialize> {
-    pub protocol_version: u32,
-    pub message_id: I,
-    #[serde(rename = "type")]
-    pub kind: &'static str,
-    pub agent_id: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub task_id: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub execution_attempt_id: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sequence: Option<u64>,
-    pub sent_at: Timestamp,
-    pub payload: P,
-}
-
 /// The payload `{}`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Empty {}
@@ -171,7 +154,7 @@ pub(super) struct Header<'a, I> {
     pub sent_at: Timestamp,
 }
 
-/// Appends one frame to `out`.
+/// Appends one frame to `out`. `payload` must serialize as an object.
 pub(super) fn write_frame<I: Serialize, P: Serialize>(
     out: &mut Vec<u8>,
     header: Header<'_, I>,
@@ -180,18 +163,48 @@ pub(super) fn write_frame<I: Serialize, P: Serialize>(
     sequence: Option<u64>,
     payload: P,
 ) {
-    let frame = Outgoing {
-        protocol_version: PROTOCOL_VERSION,
-        message_id: header.message_id,
-        kind,
-        agent_id: header.agent_id,
-        task_id: ids.map(|ids| ids.task.as_str()),
-        execution_attempt_id: ids.map(|ids| ids.attempt.as_str()),
-        sequence,
-        sent_at: header.sent_at,
-        payload,
-    };
-    serde_json::to_writer(out, &frame)
+    let payload = |out: &mut Vec<u8>| push_json(out, &payload);
+    write_frame_around(out, header, kind, ids, sequence, payload);
+}
+
+/// Appends one frame to `out`, field by field in the order of PROTOCOL.md 3. `payload` appends a
+/// JSON object.
+pub(super) fn write_frame_around<I: Serialize>(
+    out: &mut Vec<u8>,
+    header: Header<'_, I>,
+    kind: &'static str,
+    ids: Option<&Ids>,
+    sequence: Option<u64>,
+    payload: impl FnOnce(&mut Vec<u8>),
+) {
+    out.extend_from_slice(b"{\"protocol_version\":");
+    push_json(out, &PROTOCOL_VERSION);
+    out.extend_from_slice(b",\"message_id\":");
+    push_json(out, &header.message_id);
+    out.extend_from_slice(b",\"type\":");
+    push_string(out, kind);
+    out.extend_from_slice(b",\"agent_id\":");
+    push_string(out, header.agent_id);
+    if let Some(ids) = ids {
+        out.extend_from_slice(b",\"task_id\":");
+        push_string(out, &ids.task);
+        out.extend_from_slice(b",\"execution_attempt_id\":");
+        push_string(out, &ids.attempt);
+    }
+    if let Some(sequence) = sequence {
+        out.extend_from_slice(b",\"sequence\":");
+        push_json(out, &sequence);
+    }
+    out.extend_from_slice(b",\"sent_at\":");
+    push_json(out, &header.sent_at);
+    out.extend_from_slice(b",\"payload\":");
+    payload(out);
+    out.push(b'}');
+}
+
+/// Appends a value as serde_json writes it.
+pub(super) fn push_json(out: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(out, value)
         .expect("writing to memory does not fail and the types have only string keys");
 }
 

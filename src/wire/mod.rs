@@ -24,5 +24,5 @@ pub use agent_message::{AgentMessage, FinalPayload, Hello, OutputPayload};
 pub use envelope::{DecodeError, Envelope, PROTOCOL_VERSION};
 pub use message_id::{MessageId, Piece};
 pub use server_message::{HelloAck, ServerMessage, TaskOffer};
-pub use text::{Base64, Lossy};
+pub use text::Lossy;
 pub use timestamp::Timestamp;
