@@ -79,6 +79,9 @@ pub const PROCESSES_SEEN_MAX: usize = 16 * KIB;
 /// What is read of a process's environment.
 pub const ENVIRONMENT_BYTES_READ: u64 = MIB as u64;
 
+/// What is read of the kernel's counters of memory events: they are 4 KiB today.
+pub const VMSTAT_BYTES_READ: u64 = 16 * KIB as u64;
+
 /// Cgroups of one agent, or below that of one task, that are looked into.
 pub const CGROUPS_VISITED_MAX: usize = 1024;
 

@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::io::Errno;
 use rustix::process::Pid;
 
 use super::procfs::{self, Process};
@@ -47,8 +46,8 @@ pub struct Cgroups {
 pub struct Used {
     pub user_and_system: Option<(Duration, Duration)>,
     pub memory_peak_bytes: Option<u64>,
-    /// The kernel has killed for want of memory.
-    pub out_of_memory: bool,
+    /// The kernel has killed for want of memory. `None` where memory is not counted by cgroup.
+    pub out_of_memory: Option<bool>,
 }
 
 impl Cgroups {
@@ -95,6 +94,13 @@ impl Cgroups {
                 *value = None;
                 complaints.push(format!("{setting} cannot be kept by a cgroup: {why}"));
             }
+        }
+        // A leaf that hands down what it should may take no process any more.
+        if cgroups.bounds != Bounds::default()
+            && let Err(why) = cgroups.probe()
+        {
+            cgroups.close();
+            return Err(why);
         }
         Ok((cgroups, complaints))
     }
@@ -151,6 +157,8 @@ impl Cgroups {
         if bounds.memory_bytes.is_some() {
             // All of the task at once: half a task is no use. Kernels before 4.19 cannot.
             let _ = leaf.write("memory.oom.group", "1");
+            // Else it would go on into the swap. A kernel without swap has no such file.
+            let _ = leaf.write("memory.swap.max", "0");
         }
         Ok(leaf)
     }
@@ -220,7 +228,7 @@ impl Leaf {
         Used {
             user_and_system: time("user_usec").zip(time("system_usec")),
             memory_peak_bytes: self.read("memory.peak").trim().parse().ok(),
-            out_of_memory: field(&self.read("memory.events"), "oom_kill").is_some_and(|n| n > 0),
+            out_of_memory: field(&self.read("memory.events"), "oom_kill").map(|n| n > 0),
         }
     }
 
@@ -274,26 +282,40 @@ fn enable_below(own: &Path, dir: &Path, controller: &str) -> Result<(), String> 
             own.display()
         ));
     }
-    match enable(own, controller) {
-        // A cgroup with processes of its own hands nothing down.
-        Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => {
-            let leaf = Leaf(own.join(OWN_LEAF));
-            make_dir(&leaf.0)?;
-            leaf.write("cgroup.procs", "0")?;
-            if let Err(error) = enable(own, controller) {
-                let _ = fs::write(own.join("cgroup.procs"), "0");
-                leaf.remove();
-                return Err(format!(
-                    "other processes live in {} ({error}); give the agent a cgroup of its own",
-                    own.display()
-                ));
-            }
-            Ok(())
-        }
-        enabled => enabled,
+    make_inner(own)?;
+    for parent in [own, dir] {
+        enable(parent, controller).map_err(|error| {
+            format!(
+                "cannot enable `{controller}` in {}: {error}",
+                parent.display()
+            )
+        })?;
     }
-    .and_then(|()| enable(dir, controller))
-    .map_err(|error| format!("cannot enable `{controller}` in {}: {error}", own.display()))
+    Ok(())
+}
+
+/// Takes this process out of a cgroup that is to hand controllers down. Some (`memory`) the kernel
+/// hands down from an empty one only. With others (`cpu`, `pids`) it does so from any, and from then
+/// on lets no process into those below. The root alone is free of that.
+fn make_inner(own: &Path) -> Result<(), String> {
+    let is_root = !own.join("cgroup.events").exists();
+    let procs = own.join("cgroup.procs");
+    let is_empty = || fs::read_to_string(&procs).is_ok_and(|ids| ids.trim().is_empty());
+    if is_root || is_empty() {
+        return Ok(());
+    }
+    let leaf = Leaf(own.join(OWN_LEAF));
+    make_dir(&leaf.0)?;
+    leaf.write("cgroup.procs", "0")?;
+    if is_empty() {
+        return Ok(());
+    }
+    let _ = fs::write(&procs, "0");
+    leaf.remove();
+    Err(format!(
+        "other processes live in {}; give the agent a cgroup of its own",
+        own.display()
+    ))
 }
 
 fn enable(dir: &Path, controller: &str) -> io::Result<()> {
@@ -306,7 +328,7 @@ fn enable(dir: &Path, controller: &str) -> io::Result<()> {
 }
 
 /// `name value` in lines.
-fn field(text: &str, name: &str) -> Option<u64> {
+pub(super) fn field(text: &str, name: &str) -> Option<u64> {
     let mut values = text.lines().filter_map(|line| line.split_once(' '));
     values.find(|(key, _)| *key == name)?.1.trim().parse().ok()
 }
@@ -443,7 +465,7 @@ mod tests {
         let micros = Duration::from_micros;
         assert_eq!(used.user_and_system, Some((micros(20), micros(10))));
         assert_eq!(used.memory_peak_bytes, Some(4096));
-        assert!(used.out_of_memory);
+        assert_eq!(used.out_of_memory, Some(true));
         assert_eq!(Leaf(fake.0.join("none")).used(), Used::default());
     }
 }

@@ -110,6 +110,14 @@ pub enum Cause {
     NotStarted(String),
 }
 
+impl Cause {
+    /// Whether a KILL has ended it, or its shell says that one has ended its command.
+    fn is_by_kill(&self) -> bool {
+        const SIGNAL: i32 = rustix::process::Signal::KILL.as_raw();
+        matches!(self, Cause::Signalled(SIGNAL)) || *self == Cause::Exited(128 + SIGNAL)
+    }
+}
+
 /// How a task ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -184,6 +192,7 @@ pub async fn run(
 ) -> Ended {
     let begun = Instant::now();
     process::collect_dropped();
+    let kills = procfs::kills_for_memory();
     let Started {
         mut group,
         stdout,
@@ -237,13 +246,17 @@ pub async fn run(
     )
     .await;
     let (status, usage) = group.reap();
+    let is_killed = cause.is_none() && status.is_by_kill();
     let failed = report.as_ref().and_then(setup::read_report);
     let cause = failed.map_or(cause.unwrap_or(status), Cause::NotStarted);
     let in_cgroup = spec.host.leave_cgroup(spec.ids.key());
     let mut ended = finish(cause, stdout, stderr, begun);
     ended.usage = usage;
+    let counted = in_cgroup.and_then(|used| used.out_of_memory);
+    // Without a count of its own: it was killed, and meanwhile the kernel has killed for memory.
+    let by_the_kernel = || is_killed && procfs::kills_for_memory() > kills;
+    ended.out_of_memory = counted.unwrap_or_else(by_the_kernel);
     if let Some(used) = in_cgroup {
-        ended.out_of_memory = used.out_of_memory;
         if let Some((user, system)) = used.user_and_system {
             ended.usage.user = user;
             ended.usage.system = system;

@@ -3,12 +3,14 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::sync::OnceLock;
 
 use rustix::process::{
-    Pid, PidfdFlags, Signal, getpgrp, getpid, kill_process, pidfd_open, pidfd_send_signal,
+    Pid, PidfdFlags, Signal, getpid, kill_process, pidfd_open, pidfd_send_signal,
 };
 
-use crate::limits::{ENVIRONMENT_BYTES_READ, PROCESSES_SEEN_MAX};
+use super::cgroup;
+use crate::limits::{ENVIRONMENT_BYTES_READ, PROCESSES_SEEN_MAX, VMSTAT_BYTES_READ};
 
 /// One line of `/proc/PID/stat`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,7 @@ pub fn all() -> Vec<Process> {
 /// from them (the agent is a subreaper). Dead ones included.
 pub fn children() -> Vec<Process> {
     let agent = getpid().as_raw_pid();
-    let own_group = getpgrp().as_raw_pid();
+    let own_group = own_group();
     // Tasks are started by the main thread, and orphans go to the first thread that lives.
     let listed = std::fs::read(format!("/proc/{agent}/task/{agent}/children"));
     let mut children = match listed {
@@ -87,6 +89,22 @@ pub fn children() -> Vec<Process> {
     };
     children.retain(|child| child.parent == agent && child.group != own_group);
     children
+}
+
+/// The group of the agent: 0 if the first process of the system or of a container started it and
+/// never made one, or its leader is out of sight. `getpgrp` of rustix does not expect that.
+fn own_group() -> i32 {
+    static GROUP: OnceLock<i32> = OnceLock::new();
+    *GROUP.get_or_init(|| find(getpid()).map_or(0, |own| own.group))
+}
+
+/// How many processes the kernel has killed for want of memory since it started: of the whole
+/// machine, whoever they were. `None` before 4.13.
+pub fn kills_for_memory() -> Option<u64> {
+    let mut text = Vec::new();
+    let file = File::open("/proc/vmstat").ok()?;
+    file.take(VMSTAT_BYTES_READ).read_to_end(&mut text).ok()?;
+    cgroup::field(&String::from_utf8_lossy(&text), "oom_kill")
 }
 
 /// Whether a process was started with this entry in its environment. Unreadable means no.
