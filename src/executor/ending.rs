@@ -45,16 +45,16 @@ impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
         }
         self.stop().await;
         let count = self.known.len();
-        self.terminate();
+        self.terminate(|_| true);
         if !self.gone_within(grace).await {
             self.kill().await;
         }
         count
     }
 
-    /// TERM to all that were found.
-    pub fn terminate(&self) {
-        for member in &self.known {
+    /// TERM to those that were found and are `meant`.
+    pub fn terminate(&self, meant: impl Fn(&Process) -> bool) {
+        for member in self.known.iter().filter(|it| meant(it)) {
             member.signal(Signal::TERM);
             // A stopped process takes no signal but KILL before it goes on.
             if member.is_stopped {

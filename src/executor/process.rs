@@ -97,10 +97,11 @@ impl Group {
 
     pub fn terminate(&self) {
         self.signal_group(Signal::TERM);
-        // Whoever is in the group has it twice, which is the same as once.
+        // Once for each: a trap that tidies up runs as often as the signal comes.
+        let group = self.leader.as_raw_pid();
         let mut hunt = self.hunt();
         hunt.look();
-        hunt.terminate();
+        hunt.terminate(|member| member.group != group);
     }
 
     /// Kills everybody, and waits until they are gone and the leader has exited.
