@@ -105,6 +105,51 @@ fn daemons_are_found_on_a_bare_system() {
     server.run_another("after a restart");
 }
 
+/// In a container the agent may be process 1, of the group 0: its leader is out of sight.
+#[test]
+fn daemons_are_found_by_the_first_process_of_a_container() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can make a container");
+        return;
+    }
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    agent.before("exec unshare --pid --fork --kill-child --mount-proc -- \"$0\" \"$@\"");
+    agent.start_again();
+    let sleeper = Sleeper::new();
+    let task = Task::new(
+        "daemon",
+        format!(
+            "echo $PPID; cut -d' ' -f5 /proc/1/stat; {}",
+            daemon(&sleeper.command())
+        ),
+    );
+    server.deliver(&task);
+    let end = server.wait_end(&task);
+    server.check_eq(
+        end.output.as_str(),
+        "1\n0\n",
+        "process and group of the agent",
+    );
+    server.check_eq(end.status, FinalStatus::Completed, "end");
+    server.check_eq(sleeper.running().len(), 0, "processes");
+    let task = Task::new(
+        "running",
+        format!("{}; {}", daemon(&sleeper.command()), agent.hold("never")),
+    );
+    server.deliver(&task);
+    server.check_eq(
+        sleeper.wait_for(1, Duration::from_secs(10)),
+        1,
+        "the daemon before the kill",
+    );
+    agent.kill();
+    agent.start_again();
+    let end = server.wait_end(&task);
+    server.check_eq(end.status, FinalStatus::Interrupted, "end");
+    server.check_eq(sleeper.running().len(), 0, "processes");
+}
+
 fn leaves_nothing(server: &ScriptedServer, agent: &Agent) {
     for (name, hide) in [
         ("daemon", daemon as fn(&str) -> String),

@@ -67,6 +67,8 @@ pub struct Agent {
     user: Option<u32>,
     /// Shell words that are run first, in a mount namespace of its own.
     mounts: Option<String>,
+    /// Shell words that are run first, without one.
+    before: Option<String>,
 }
 
 impl Agent {
@@ -100,6 +102,7 @@ impl Agent {
             faults: None,
             user: None,
             mounts: None,
+            before: None,
         };
         server.show_on_failure(Arc::clone(&agent.log));
         let state = agent.state().display().to_string();
@@ -152,7 +155,15 @@ impl Agent {
     pub fn start_again(&mut self) {
         assert!(self.process.is_none(), "the agent runs already");
         let mut command = match (self.faults.take(), &self.mounts) {
-            (None, None) => Command::new(program()),
+            (None, None) => match &self.before {
+                Some(before) => {
+                    let mut shell = Command::new("/bin/sh");
+                    shell.args(["-c", &format!("{before} && exec \"$0\" \"$@\"")]);
+                    shell.arg(program());
+                    shell
+                }
+                None => Command::new(program()),
+            },
             (None, Some(mounts)) => {
                 // Each becomes the next, so that the child is the agent itself.
                 let mut unshare = Command::new("/usr/bin/unshare");
@@ -239,16 +250,23 @@ impl Agent {
         self.faults = Some(format!("inject={faults}"));
     }
 
-    /// Makes all starts those of an ordinary user, to whom the test's directory is given. Only root
-    /// can do that: false, said loudly, for others.
+    /// Makes all starts those of an ordinary user, as [`Agent::give_to`].
     pub fn run_as(&mut self, user: u32) -> bool {
+        let given = self.give_to(user);
+        if given {
+            self.user = Some(user);
+        }
+        given
+    }
+
+    /// Gives the test's directory to an ordinary user. Only root can do that: false, said loudly,
+    /// for others.
+    pub fn give_to(&self, user: u32) -> bool {
         let dirs = [self.dir.clone(), self.state()];
         let given = dirs
             .iter()
             .all(|dir| std::os::unix::fs::chown(dir, Some(user), Some(user)).is_ok());
-        if given {
-            self.user = Some(user);
-        } else {
+        if !given {
             eprintln!("SKIPPED: only root can start the agent as another user");
         }
         given
@@ -267,6 +285,11 @@ impl Agent {
             eprintln!("SKIPPED: only root with mount namespaces can test other file systems");
         }
         can
+    }
+
+    /// Runs these shell words before each start, in the process that becomes the agent.
+    pub fn before(&mut self, words: &str) {
+        self.before = Some(words.to_owned());
     }
 
     /// Whether faults can be injected on this machine. Says loudly if not.

@@ -9,6 +9,7 @@
 //! - Every failure prints the timeline of the server and the agent's own log.
 
 pub mod agent;
+pub mod cgroups;
 pub mod front;
 pub mod http;
 pub mod link;

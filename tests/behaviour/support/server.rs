@@ -148,6 +148,17 @@ impl ScriptedServer {
         self.on_frame(|_, _| Reaction::Default);
     }
 
+    /// Answers hellos with these fields beside the usual ones, and everything else by default.
+    pub fn acknowledge_hellos_with(&self, directives: Value) {
+        self.on_frame(move |link, frame| match frame.hello() {
+            Some(_) => {
+                link.hello_ack(frame, directives.clone());
+                Reaction::Handled
+            }
+            None => Reaction::Default,
+        });
+    }
+
     /// Acknowledges nothing but hellos.
     pub fn acknowledge_nothing(&self) {
         self.on_frame(|_, frame| match frame.hello() {
