@@ -103,6 +103,54 @@ impl fmt::Debug for AttemptKey {
     }
 }
 
+/// Random name of a store, 16 hexadecimal digits. It is part of the id of every message that is born
+/// in the store (PROTOCOL.md 3), and stays with the message if that moves to another store.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Incarnation([u8; Incarnation::BYTES]);
+
+impl Incarnation {
+    pub const BYTES: usize = 16;
+
+    /// `None` unless these are hexadecimal digits as [`Incarnation::of`] writes them.
+    pub fn from_digits(digits: &[u8]) -> Option<Incarnation> {
+        let is_digit = |byte: &u8| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
+        let digits: [u8; Incarnation::BYTES] = digits.try_into().ok()?;
+        digits.iter().all(is_digit).then_some(Incarnation(digits))
+    }
+
+    pub const fn of(number: u64) -> Incarnation {
+        let mut name = [0; Incarnation::BYTES];
+        let mut at = 0;
+        while at < Incarnation::BYTES {
+            let nibble = (number >> (4 * at) & 0xf) as usize;
+            name[at] = b"0123456789abcdef"[nibble];
+            at += 1;
+        }
+        Incarnation(name)
+    }
+
+    pub fn digits(&self) -> &[u8; Incarnation::BYTES] {
+        &self.0
+    }
+
+    pub fn as_str(&self) -> &str {
+        // Digits alone are let in.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for Incarnation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// One of the two output streams of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

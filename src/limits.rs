@@ -280,6 +280,9 @@ pub const STORAGE_QUEUE: usize = 64;
 /// The index may take this long, and this much memory, to open after an unclean stop.
 pub const INDEX_CHECK_TIMEOUT: Duration = Duration::from_secs(10);
 pub const INDEX_CHECK_MEMORY_BYTES: u64 = 64 * MIB as u64;
+/// An index that is read from a copy, since its disk cannot be written, is no larger than this; it
+/// has less than 2 MiB. The copy may be in memory.
+pub const INDEX_COPY_BYTES_MAX: u64 = 4 * MIB as u64;
 /// A file system that stays full for this long is not waited for any more: the oldest output is
 /// dropped, as it is when the cap is reached.
 pub const DISK_FULL_PATIENCE: Duration = Duration::from_secs(10);

@@ -21,7 +21,6 @@ pub struct OutBatch {
     pub batch: outbox::Batch,
     pub admission: Admission,
     pub granted: Granted,
-    pub incarnation: Rc<str>,
 }
 
 /// The driver's end of a connection. Dropping it ends the connection.
@@ -144,7 +143,6 @@ async fn send_batches(
                 &out.batch.buffer,
                 admitted.truncated,
                 out.granted,
-                &out.incarnation,
                 &context.agent_id,
             );
             if data.send(frame).await.is_err() {

@@ -16,7 +16,7 @@ use super::effects::{self, RunningStops};
 use super::status::Status;
 use super::{Context, boot_time, frames};
 use crate::executor::Stop;
-use crate::ids::{AttemptKey, Ids, Stream};
+use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
 use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
@@ -75,7 +75,7 @@ pub struct Driver {
     pub(super) context: Rc<Context>,
     session: Box<Session<Cursor>>,
     begun: Duration,
-    pub(super) incarnation: Rc<str>,
+    pub(super) incarnation: Incarnation,
     pub(super) connection: Option<Connection>,
     pub(super) connections_made: u64,
     pub(super) running: RunningStops,
@@ -102,7 +102,7 @@ impl Driver {
             .spawn(effects::record_offers(context.clone(), offered));
         Driver {
             offers,
-            incarnation: context.outbox.incarnation().into(),
+            incarnation: context.outbox.incarnation(),
             context,
             session,
             begun,
@@ -214,7 +214,8 @@ impl Driver {
             Input::Heard(id) if self.is_current(id) => self.session.heard(now),
             Input::Disconnected(id, why) if self.is_current(id) => self.disconnected(&why),
             Input::Snapshot(id, snapshot) if self.is_current(id) => {
-                let (hello, first_held) = frames::hello(*snapshot, &self.incarnation);
+                self.session.inherits(snapshot.inherited.clone());
+                let (hello, first_held) = frames::hello(*snapshot);
                 self.session.hello_ready(hello, first_held);
             }
             Input::Transmitted(id, batch) => {
@@ -307,7 +308,6 @@ impl Driver {
             batch,
             admission,
             granted: self.granted(),
-            incarnation: self.incarnation.clone(),
         };
         if let Some(connection) = &self.connection {
             let sent = connection.batches.try_send(out);
@@ -334,7 +334,7 @@ impl Driver {
     }
 
     fn reopened(&mut self, recovered: Recovered, now: Now) {
-        self.incarnation = self.context.outbox.incarnation().into();
+        self.incarnation = self.context.outbox.incarnation();
         self.session
             .store_changed(self.incarnation.to_string(), now);
         self.session.recovered(queued_tasks(recovered));

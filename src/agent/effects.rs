@@ -172,7 +172,6 @@ impl Driver {
 
     fn send_final_again(&self, ids: Arc<Ids>) {
         let context = self.context.clone();
-        let incarnation = self.incarnation.clone();
         let Some(connection) = &self.connection else {
             return;
         };
@@ -181,8 +180,7 @@ impl Driver {
         context.clone().spawn(async move {
             if let Some(stored) = context.outbox.final_of(ids.key()).await {
                 let agent_id = &context.agent_id;
-                let frame =
-                    frames::encode_stored_final(&ids, &stored.fin, granted, &incarnation, agent_id);
+                let frame = frames::encode_stored_final(&ids, &stored, granted, agent_id);
                 // The server asked; if it does not read, it will ask again.
                 let _ = control.try_send(Control::Text(frame));
             }

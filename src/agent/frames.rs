@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::ids::{AttemptKey, Ids, Stream};
-use crate::outbox::{self, Body, Final, Snapshot};
+use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
+use crate::outbox::{self, Body, Final, Snapshot, StoredFinal};
 use crate::session::Granted;
 use crate::session::delivery::Candidate;
 use crate::wire::agent_message::{
@@ -43,11 +43,10 @@ pub fn encode(
     payload: &[u8],
     truncated_locally: bool,
     granted: Granted,
-    incarnation: &str,
     agent_id: &str,
 ) {
     let piece = candidate(message).piece;
-    let id = message_id(incarnation, message.key, piece);
+    let id = message_id(&message.store, message.key, piece);
     match &message.body {
         Body::Output {
             stream,
@@ -88,7 +87,7 @@ pub fn encode(
                 error_truncated: *error_truncated,
                 usage: usage.filter(|_| granted.usage),
             };
-            encode_final(frame, &message.ids, &result, incarnation, agent_id);
+            encode_final(frame, &message.ids, &result, &message.store, agent_id);
         }
     }
 }
@@ -96,11 +95,11 @@ pub fn encode(
 /// A final outside the order of the log: the answer to a repeated delivery.
 pub fn encode_stored_final(
     ids: &Ids,
-    fin: &Final,
+    stored: &StoredFinal,
     granted: Granted,
-    incarnation: &str,
     agent_id: &str,
 ) -> Vec<u8> {
+    let fin = &stored.fin;
     let result = FinalPayload {
         status: fin.status,
         exit_code: fin.exit_code,
@@ -111,7 +110,7 @@ pub fn encode_stored_final(
         usage: fin.usage.filter(|_| granted.usage),
     };
     let mut frame = Vec::new();
-    encode_final(&mut frame, ids, &result, incarnation, agent_id);
+    encode_final(&mut frame, ids, &result, &stored.store, agent_id);
     frame
 }
 
@@ -119,13 +118,13 @@ fn encode_final(
     frame: &mut Vec<u8>,
     ids: &Ids,
     result: &FinalPayload<Lossy<'_>>,
-    incarnation: &str,
+    store: &Incarnation,
     agent_id: &str,
 ) {
     let text = |text: &Option<Lossy<'_>>| text.map_or(0, |text| text.0.len());
     let size = text(&result.output) + text(&result.error);
     frame.reserve(size + size / 16 + FRAME_OVERHEAD);
-    let id = message_id(incarnation, ids.key(), Piece::Final);
+    let id = message_id(store, ids.key(), Piece::Final);
     let message = AgentMessage::Final {
         ids,
         payload: result,
@@ -138,11 +137,11 @@ pub fn encode_word(
     message: AgentMessage<'_>,
     key: AttemptKey,
     piece: Piece,
-    incarnation: &str,
+    store: &Incarnation,
     agent_id: &str,
 ) -> Vec<u8> {
     let mut frame = Vec::with_capacity(FRAME_OVERHEAD);
-    let id = message_id(incarnation, key, piece);
+    let id = message_id(store, key, piece);
     message.encode(id, agent_id, Timestamp::now(), &mut frame);
     frame
 }
@@ -154,9 +153,9 @@ pub fn encode_named(message: AgentMessage<'_>, message_id: &str, agent_id: &str)
     frame
 }
 
-fn message_id(incarnation: &str, key: AttemptKey, piece: Piece) -> MessageId<'_> {
+fn message_id(store: &Incarnation, key: AttemptKey, piece: Piece) -> MessageId<'_> {
     MessageId {
-        incarnation,
+        incarnation: store.as_str(),
         key,
         piece,
     }
@@ -166,7 +165,7 @@ fn message_id(incarnation: &str, key: AttemptKey, piece: Piece) -> MessageId<'_>
 pub type FirstHeld = Vec<(AttemptKey, Stream, u64)>;
 
 /// The hello that tells what a snapshot holds. Capabilities are the session's to fill in.
-pub fn hello(snapshot: Snapshot, incarnation: &str) -> (Hello, FirstHeld) {
+pub fn hello(snapshot: Snapshot) -> (Hello, FirstHeld) {
     let first_held = snapshot
         .streams
         .iter()
@@ -198,7 +197,7 @@ pub fn hello(snapshot: Snapshot, incarnation: &str) -> (Hello, FirstHeld) {
             .finals
             .into_iter()
             .map(|(ids, stored)| UnackedFinal {
-                message_id: message_id(incarnation, stored.key, Piece::Final).to_string(),
+                message_id: message_id(&stored.store, stored.key, Piece::Final).to_string(),
                 task_id: ids.task.to_string(),
                 execution_attempt_id: ids.attempt.to_string(),
                 result: owned_final(&stored.fin),
@@ -266,7 +265,7 @@ mod tests {
             started: vec![started("old", ""), started("t", "a")],
             ..Snapshot::default()
         };
-        let (hello, _) = hello(snapshot, "0123456789abcdef");
+        let (hello, _) = hello(snapshot);
         assert_eq!(
             hello.running_task.map(|task| task.task_id),
             Some("t".into())

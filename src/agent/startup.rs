@@ -168,7 +168,7 @@ async fn serve(
         heartbeat_interval: config.heartbeat_interval,
         concurrency: config.task_concurrency,
     };
-    let incarnation = context.outbox.incarnation().to_owned();
+    let incarnation = context.outbox.incarnation().to_string();
     let now = boot_time().saturating_sub(begun);
     let mut session = Box::new(Session::new(settings, incarnation, random_seed(), now));
     session.recovered(queued_tasks(recovered));

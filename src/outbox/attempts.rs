@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::record::{Ending, Identity, LOST_RANGES_MAX, Mark, Record};
 use super::types::{Cursor, Phase};
-use crate::ids::{Id, Ids, Stream};
+use crate::ids::{Id, Ids, Incarnation, Stream};
 
 /// Sequences above the watermark that can be acknowledged one by one.
 const BITS: u64 = 64;
@@ -171,7 +171,7 @@ impl StreamState {
 
     /// Takes over a logged state: it knows why things are gone. Holes that were met above it
     /// stay.
-    fn merge(&mut self, logged: &Mark) {
+    pub fn merge(&mut self, logged: &Mark) {
         if logged.done < self.mark.done && !self.mark.truncated {
             self.mark.last = self.mark.last.max(logged.last);
             return;
@@ -206,6 +206,8 @@ pub(super) struct Attempt {
     pub priority: i64,
     pub timeout_seconds: Option<u64>,
     pub received_at_ms: u64,
+    /// The store that its messages are named after, if that is another one.
+    pub born: Option<Incarnation>,
     pub command_bytes: u64,
     /// 0: not started.
     pub started_at_ms: u64,
@@ -237,6 +239,7 @@ impl Attempt {
             priority: 0,
             timeout_seconds: None,
             received_at_ms: 0,
+            born: None,
             command_bytes: 0,
             started_at_ms: 0,
             started: false,
@@ -264,6 +267,7 @@ impl Attempt {
             timeout_seconds: self.timeout_seconds,
             received_at_ms: self.received_at_ms,
             started_at_ms: self.started_at_ms,
+            born: self.born,
         }
     }
 
@@ -393,6 +397,8 @@ impl Attempt {
             self.timeout_seconds = identity.timeout_seconds;
             self.received_at_ms = identity.received_at_ms;
         }
+        // Another store has gone further with it before it moved here.
+        self.born = identity.born.or(self.born);
     }
 
     fn begin(&mut self, at_ms: u64, at: Cursor) {

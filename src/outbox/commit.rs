@@ -37,6 +37,13 @@ pub(super) enum Fact {
     Plain(Record<'static>, Reply<Result<(), StoreError>>),
 }
 
+/// What a unit holds: of the space, output may not use all.
+#[derive(Clone, Copy)]
+pub(super) struct Contents {
+    pub any_output: bool,
+    pub only_output: bool,
+}
+
 /// What a side unit says beside its purpose.
 #[derive(Default)]
 pub(super) struct Unlogged {
@@ -78,7 +85,12 @@ impl Engine {
             true => Vec::new(),
             false => self.add_marks(),
         };
-        let placed = self.write_unit();
+        let has_output = |staged: &Staged| matches!(staged.fact, Fact::Output(..));
+        let contents = Contents {
+            any_output: self.staged.iter().any(has_output),
+            only_output: self.staged.iter().all(has_output),
+        };
+        let placed = self.write_unit(contents);
         self.unit.clear();
         let staged = std::mem::take(&mut self.staged);
         match placed {
@@ -159,11 +171,10 @@ impl Engine {
         }
     }
 
-    /// Writes the staged unit, making room if need be.
-    fn write_unit(&mut self) -> Result<(u64, u64), StoreError> {
-        let has_output = |staged: &Staged| matches!(staged.fact, Fact::Output(..));
-        let only_output = self.staged.iter().all(has_output);
-        let mut limit = match self.staged.iter().any(has_output) {
+    /// Writes the unit that waits, making room if need be. Gives generation and offset.
+    pub fn write_unit(&mut self, contents: Contents) -> Result<(u64, u64), StoreError> {
+        let only_output = contents.only_output;
+        let mut limit = match contents.any_output {
             true => self.output_limit(),
             false => self.terminal_limit(),
         };

@@ -1,6 +1,6 @@
 //! Crashes at every call, damage and faults, against the model.
 
-use super::model::{Tester, bounds, command, content, final_of, ids, number_of};
+use super::model::{STORE, Tester, bounds, command, content, final_of, ids, number_of};
 use super::recovery;
 use super::sim::{Fault, Keep, Random, SimDisk, SimIndex};
 use super::types::*;
@@ -349,7 +349,7 @@ fn reopened(disk: &SimDisk, cap_bytes: u64) -> (super::engine::Engine, Recovered
         Box::new(disk.clone()),
         Box::new(SimIndex::open(disk)),
         bounds(cap_bytes),
-        *b"0123456789abcdef",
+        STORE,
         || 1_000,
     );
     opened.expect("the store opens")

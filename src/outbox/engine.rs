@@ -15,10 +15,11 @@ use super::handle::Reply;
 use super::index::Index;
 use super::log::Log;
 use super::opening::put_clean_mark;
-use super::record::{Entry, UnitBuffer};
+use super::record::Entry;
 use super::segment::SegmentReader;
 use super::types::*;
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream};
+use super::unit::UnitBuffer;
+use crate::ids::{AttemptKey, FinalStatus, Ids, Incarnation, Stream};
 use crate::limits::FINAL_OUTPUT_BYTES_MAX;
 
 /// Room for the parts of a final apart from its texts, and for the other records of a life.
@@ -42,6 +43,17 @@ pub(super) struct Tally {
     pub attempts_discarded: u64,
     pub records_damaged: u64,
     pub index_rebuilt: bool,
+}
+
+impl Tally {
+    /// Counts on with what another store has counted in the same life of the agent.
+    pub fn add(&mut self, other: &Tally) {
+        self.chunks_dropped += other.chunks_dropped;
+        self.bytes_dropped += other.bytes_dropped;
+        self.streams_truncated += other.streams_truncated;
+        self.finals_dropped += other.finals_dropped;
+        self.attempts_discarded += other.attempts_discarded;
+    }
 }
 
 pub(super) struct Engine {
@@ -70,6 +82,8 @@ pub(super) struct Engine {
     pub news: bool,
     /// The file that says that the store was closed cleanly; `None` in memory.
     pub clean_mark: Option<PathBuf>,
+    /// In memory: what the store on disk says, which can be read and not be written.
+    pub frozen: Option<Box<Engine>>,
 }
 
 impl Engine {
@@ -102,6 +116,7 @@ impl Engine {
             clock_ms,
             news: false,
             clean_mark: None,
+            frozen: None,
         }
     }
 
@@ -119,6 +134,22 @@ impl Engine {
         }))
     }
 
+    /// As [`Engine::known_phase`], of an attempt that this store or the one that cannot be written
+    /// knows. What waits in that one is told when it can be: until then its attempts are received
+    /// here, and no more. A final that nothing goes before is told again on request.
+    pub fn phase_anywhere(&mut self, key: AttemptKey) -> Result<Option<Phase>, StoreError> {
+        let known = self.known_phase(key)?;
+        let Some(frozen) = self.frozen.as_mut().filter(|_| known.is_none()) else {
+            return Ok(known);
+        };
+        let output_waits = frozen.attempts.get(&key).is_some_and(Attempt::output_waits);
+        Ok(frozen.known_phase(key)?.map(|phase| match phase {
+            Phase::Finished { .. } if !output_waits => Phase::Finished { held: false },
+            Phase::Discarded => Phase::Discarded,
+            Phase::Received | Phase::Started | Phase::Finished { .. } => Phase::Received,
+        }))
+    }
+
     pub fn index_entry(&mut self, key: AttemptKey) -> Result<Option<Entry>, StoreError> {
         let entry = self.index.get(key);
         self.mend_index();
@@ -130,32 +161,25 @@ impl Engine {
             return;
         };
         if attempt.is_closed() {
-            let fin = attempt
-                .fin
-                .map(|fin| (fin.ending.status, fin.ending.exit_code));
-            let (discarded, first_in) = (attempt.discarded, attempt.first_in);
+            let ending = attempt.fin.map(|fin| fin.ending);
+            let entry = Entry {
+                order: 0,
+                discarded: attempt.discarded,
+                status: ending.map_or(FinalStatus::Interrupted, |ending| ending.status),
+                exit_code: ending.map_or(-1, |ending| ending.exit_code),
+                born: attempt.born,
+            };
+            let first_in = attempt.first_in;
             self.attempts.remove(&key);
-            self.close_attempt(
-                key,
-                discarded,
-                fin.unwrap_or((FinalStatus::Interrupted, -1)),
-                first_in,
-            );
+            self.close_attempt(key, entry, first_in);
         }
     }
 
-    pub fn close_attempt(
-        &mut self,
-        key: AttemptKey,
-        discarded: bool,
-        fin: (FinalStatus, i32),
-        first_in: u64,
-    ) {
+    /// Puts an attempt among those that are done; its order is the next one.
+    pub fn close_attempt(&mut self, key: AttemptKey, entry: Entry, first_in: u64) {
         let entry = Entry {
             order: self.next_order,
-            discarded,
-            status: fin.0,
-            exit_code: fin.1,
+            ..entry
         };
         self.next_order += 1;
         self.closings.push((key, entry, first_in));
@@ -189,8 +213,8 @@ impl Engine {
         }
     }
 
-    pub fn incarnation(&self) -> String {
-        String::from_utf8_lossy(&self.log.incarnation).into_owned()
+    pub fn incarnation(&self) -> Incarnation {
+        self.log.incarnation
     }
 
     pub fn ids_of(&self, key: AttemptKey) -> Option<&Ids> {

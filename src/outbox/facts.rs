@@ -5,16 +5,16 @@ use super::attempts::Attempt;
 use super::commit::{Fact, Staged};
 use super::engine::{Engine, LIFE_BYTES, answer, answer_if, tail};
 use super::handle::{AppendError, FinishError, Reply};
-use super::record::{Ending, Identity, RECORD_HEAD_BYTES, Record};
+use super::record::{Ending, Entry, Identity, RECORD_HEAD_BYTES, Record};
 use super::types::*;
-use crate::ids::{AttemptKey, FinalStatus, Stream};
+use crate::ids::{AttemptKey, Stream};
 use crate::limits::{ChunkBatch, OPEN_ATTEMPTS_MAX, STORAGE_QUEUE};
 
 impl Engine {
     pub fn receive(&mut self, receipt: Receipt, reply: Reply<Result<Reception, StoreError>>) {
         let key = receipt.ids.key();
         self.make_way(key, None);
-        let known = match self.known_phase(key) {
+        let known = match self.phase_anywhere(key) {
             Ok(None) => self.check_room_for(&receipt).map(|()| None),
             other => other,
         };
@@ -30,6 +30,7 @@ impl Engine {
             timeout_seconds: receipt.timeout_seconds,
             received_at_ms: receipt.received_at_ms,
             started_at_ms: 0,
+            born: None,
         };
         self.next_arrival += 1;
         let record = Record::Received {
@@ -247,12 +248,12 @@ impl Engine {
     }
 
     /// Takes over that an attempt was done elsewhere, so that it never runs here.
-    pub fn remember(&mut self, key: AttemptKey, discarded: bool, fin: (FinalStatus, i32)) {
+    pub fn remember(&mut self, key: AttemptKey, entry: Entry) {
         let first_in = self
             .attempts
             .remove(&key)
             .map_or(u64::MAX, |open| open.first_in);
-        self.close_attempt(key, discarded, fin, first_in);
+        self.close_attempt(key, entry, first_in);
     }
 
     // ---- staging ------------------------------------------------------------------------------
@@ -322,12 +323,12 @@ impl Engine {
     }
 
     /// What one attempt may come to need, its output apart.
-    fn life_bytes(&self, command_bytes: u64) -> u64 {
+    pub fn life_bytes(&self, command_bytes: u64) -> u64 {
         command_bytes + 2 * self.bounds.final_output_bytes as u64 + LIFE_BYTES
     }
 
     /// What all open attempts need or may come to need, their output apart.
-    fn needed_bytes(&self) -> u64 {
+    pub fn needed_bytes(&self) -> u64 {
         let needs = |attempt: &Attempt| match attempt.fin {
             Some(_) if attempt.final_done => LIFE_BYTES,
             Some(fin) => fin.text_bytes + LIFE_BYTES,

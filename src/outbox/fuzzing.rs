@@ -8,10 +8,12 @@ use super::disk::Disk;
 use super::engine::Bounds;
 use super::log::file_name;
 use super::memory::{MemoryDisk, MemoryIndex};
-use super::record::{RECORD_HEAD_BYTES, Record, RecordHead, mend_unit};
-use super::recovery;
+use super::record::{RECORD_HEAD_BYTES, Record, RecordHead};
+use super::recovery::{self, OpenError};
 use super::segment::{HEADER_BYTES, Header};
 use super::types::*;
+use super::unit::mend_unit;
+use crate::ids::Incarnation;
 
 const SEGMENT_BYTES: u64 = 64 << 10;
 
@@ -36,7 +38,7 @@ pub fn record(bytes: &[u8]) {
 /// A log of one segment, whose two units hold these bytes.
 pub fn recovery(bytes: &[u8]) {
     let header = Header {
-        incarnation: *b"0123456789abcdef",
+        incarnation: Incarnation::of(7),
         generation: 1,
         predecessor: 0,
         predecessor_end: 0,
@@ -70,7 +72,11 @@ pub fn recovery(bytes: &[u8]) {
     };
     let index = Box::new(MemoryIndex::default());
     let opened = recovery::open(Box::new(disk), index, bounds, header.incarnation, || 1_000);
-    let (mut engine, _) = opened.expect("a damaged store opens");
+    let (mut engine, _) = match opened {
+        Ok(opened) => opened,
+        Err(OpenError::Newer(_)) => return,
+        Err(OpenError::Io(why)) => panic!("a damaged store opens: {why}"),
+    };
     let mut from = Cursor::START;
     loop {
         let batch = engine.read(ReadRequest {

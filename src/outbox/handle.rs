@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use async_channel::{Receiver, Sender};
 
 use super::types::*;
-use crate::ids::{AttemptKey, Ids, Stream};
+use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
 use crate::limits::{ChunkBatch, WINDOW_MESSAGES};
 
 #[cfg(doc)]
@@ -53,8 +53,8 @@ pub(super) enum Command {
 
 /// Names of the store: that of the volatile one it began as, and that of the disk it moved to.
 pub(super) struct Incarnations {
-    pub first: String,
-    pub second: OnceLock<String>,
+    pub first: Incarnation,
+    pub second: OnceLock<Incarnation>,
 }
 
 /// The way to the storage thread. Clones talk to the same store.
@@ -76,11 +76,11 @@ impl Submitted {
 }
 
 impl Handle {
-    /// Random name of this store, 16 hexadecimal digits. It changes only when a volatile store
-    /// has been left for the disk ([`Handle::reopened`]).
-    pub fn incarnation(&self) -> &str {
+    /// Random name of this store. It changes only when a volatile store has been left for the disk
+    /// ([`Handle::reopened`]); messages keep the name that they were born with.
+    pub fn incarnation(&self) -> Incarnation {
         let names = &self.incarnations;
-        names.second.get().unwrap_or(&names.first)
+        *names.second.get().unwrap_or(&names.first)
     }
 
     /// The storage thread has ended: every call fails from now on.
@@ -94,7 +94,9 @@ impl Handle {
     }
 
     /// Gets one value if a volatile store could be left for the disk: what recovery found there,
-    /// to be handled like the first one. Message ids change with it: the session must begin anew.
+    /// to be handled like the first one. What memory held has moved there and is not named again.
+    /// Cursors have lost their meaning: nothing is read until the next [`Handle::snapshot`], so the
+    /// session must begin anew.
     pub fn reopened(&self) -> Receiver<Recovered> {
         self.reopened.clone()
     }

@@ -63,6 +63,9 @@ fn history(random: &mut Random, cap_bytes: u64) {
         assert!(tester.open(), "a good disk opens");
         tester.settle();
         tester.check();
+        if random.below(4) == 0 {
+            tester.detour(random);
+        }
     }
 }
 

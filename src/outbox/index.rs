@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use super::disk::sync_folder;
 use super::record::{Entry, status_code, status_of, u32_at, u64_at};
-use crate::ids::AttemptKey;
+use crate::ids::{AttemptKey, Incarnation};
 use crate::limits::FINISHED_ATTEMPTS_MAX;
 
 /// Entries that wait in memory for the next flush.
@@ -34,6 +34,7 @@ const INDEX_SEGMENT_BYTES: usize = 16 * 1024;
 const FREE_BYTES_MIN: u64 = 256 * 1024;
 
 const ENTRY_BYTES: usize = 16;
+const ENTRY_BYTES_MAX: usize = ENTRY_BYTES + Incarnation::BYTES;
 
 pub(super) trait Index: Send {
     fn get(&mut self, key: AttemptKey) -> io::Result<Option<Entry>>;
@@ -330,22 +331,33 @@ fn sync_tree(dir: &Path) -> io::Result<()> {
     sync_folder(dir)
 }
 
-/// Order (8), discarded (1), status (1), 0 (2), exit code (4).
-fn encode(entry: &Entry) -> [u8; ENTRY_BYTES] {
+/// Order (8), discarded (1), status (1), 0 (2), exit code (4), and where the messages were born (16)
+/// if that is another store.
+fn encode(entry: &Entry) -> heapless::Vec<u8, ENTRY_BYTES_MAX> {
     let mut bytes = [0; ENTRY_BYTES];
     bytes[..8].copy_from_slice(&entry.order.to_le_bytes());
     bytes[8] = entry.discarded.into();
     bytes[9] = status_code(entry.status);
     bytes[12..].copy_from_slice(&entry.exit_code.to_le_bytes());
+    let born = entry.born.as_ref().map(Incarnation::digits);
     bytes
+        .iter()
+        .chain(born.into_iter().flatten())
+        .copied()
+        .collect()
 }
 
 fn decode(bytes: &[u8]) -> Option<Entry> {
-    let bytes: &[u8; ENTRY_BYTES] = bytes.try_into().ok()?;
+    let (bytes, born) = bytes.split_first_chunk::<ENTRY_BYTES>()?;
+    let born = match born.is_empty() {
+        true => None,
+        false => Some(Incarnation::from_digits(born)?),
+    };
     Some(Entry {
         order: u64_at(bytes, 0)?,
         discarded: bytes[8] != 0,
         status: status_of(bytes[9])?,
         exit_code: u32_at(bytes, 12)? as i32,
+        born,
     })
 }

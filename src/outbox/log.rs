@@ -7,9 +7,9 @@
 use std::io;
 
 use super::disk::{Disk, DiskFile};
-use super::record::{PAGE_BYTES, UnitBuffer, UnitPlace, unit_bytes};
-use super::segment::{HEADER_BYTES, Header, INCARNATION_BYTES, SegmentReader};
-use crate::ids::{AttemptKey, Stream};
+use super::segment::{HEADER_BYTES, Header, SegmentReader};
+use super::unit::{PAGE_BYTES, UnitBuffer, UnitPlace, unit_bytes};
+use crate::ids::{AttemptKey, Incarnation, Stream};
 
 /// Emptied segment files that are kept for reuse; the first of them is the spare.
 pub(super) const FREE_FILES_MAX: usize = 16;
@@ -101,7 +101,7 @@ impl From<io::Error> for CommitError {
 
 pub(super) struct Log {
     pub disk: Box<dyn Disk>,
-    pub incarnation: [u8; INCARNATION_BYTES],
+    pub incarnation: Incarnation,
     pub segment_bytes: u64,
     /// In order of their generation.
     pub segments: Vec<Segment>,
@@ -130,7 +130,7 @@ pub(super) struct LogEnd {
 impl Log {
     pub fn new(
         disk: Box<dyn Disk>,
-        incarnation: [u8; INCARNATION_BYTES],
+        incarnation: Incarnation,
         segment_bytes: u64,
         segments: Vec<Segment>,
         free: Vec<u64>,

@@ -7,10 +7,12 @@
 //! * `engine`: the state; `facts`: wishes are checked and encoded; `commit`: they are made durable
 //!   and only then known.
 //! * `attempts`: what is known of the attempts that are open.
-//! * `record`, `segment`: the bytes; `log`: the append side; `disk`: the files.
+//! * `record`, `unit`, `segment`: the bytes; `log`: the append side; `disk`: the files.
 //! * `space`: retirement, copying forward, giving up the oldest output.
 //! * `reader`: replay, texts, and what a hello tells.
-//! * `recovery`, `opening`: from files to an engine; `memory`: the volatile store.
+//! * `recovery`, `opening`: from files to an engine; `memory`: the volatile store; `frozen`: a store
+//!   that can be read and not be written.
+//! * `moving`: what one store holds goes over into another; `aside`: stores of newer agents.
 //! * `index`: attempts that are done; the only place that names sled.
 //!
 //! Invariants:
@@ -21,13 +23,17 @@
 //! 3. A segment is given up only after all that it alone knew is durable elsewhere.
 //! 4. Memory holds a summary for each open attempt, segment and stream, nothing for a chunk.
 
+mod aside;
 mod attempts;
+#[cfg(test)]
+mod comebacks;
 mod commit;
 #[cfg(test)]
 mod crashes;
 mod disk;
 mod engine;
 mod facts;
+mod frozen;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod handle;
@@ -38,6 +44,7 @@ mod log;
 mod memory;
 #[cfg(test)]
 mod model;
+mod moving;
 mod opening;
 mod reader;
 mod record;
@@ -54,11 +61,13 @@ mod space;
 mod tests;
 mod thread;
 pub mod types;
+mod unit;
 
 use std::io;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
+use crate::ids::Incarnation;
 use crate::limits::STORAGE_QUEUE;
 
 pub use disk::lock_folder;
@@ -97,6 +106,7 @@ pub async fn open(settings: Settings) -> (Handle, Recovered) {
             reopening: reason.is_some().then(|| opening::Reopening {
                 settings,
                 reopened: moved,
+                opened: None,
                 incarnations: Arc::clone(&incarnations),
             }),
             reason,
@@ -107,6 +117,7 @@ pub async fn open(settings: Settings) -> (Handle, Recovered) {
             commands: queue,
             appended: news,
             volatile,
+            moved: false,
         };
         storage.run();
     };
@@ -125,7 +136,7 @@ pub async fn open(settings: Settings) -> (Handle, Recovered) {
         // No thread: every call will say that the store is closed.
         Err(_) => {
             let closed = Arc::new(handle::Incarnations {
-                first: "0".repeat(segment::INCARNATION_BYTES),
+                first: Incarnation::of(0),
                 second: OnceLock::new(),
             });
             (handle(closed), Recovered::default())

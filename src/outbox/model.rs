@@ -4,6 +4,7 @@
 //! any crash the store must hold all that was confirmed, may hold what was tried, and nothing else.
 
 mod check;
+mod moves;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +12,7 @@ use super::engine::{Bounds, Engine};
 use super::recovery;
 use super::sim::{Keep, Random, SimDisk, SimIndex};
 use super::types::*;
-use crate::ids::{FinalStatus, Ids, Stream, Usage};
+use crate::ids::{FinalStatus, Ids, Incarnation, Stream, Usage};
 use crate::limits::{Chunk, ChunkBatch, ChunkBuffer};
 
 const SEGMENT_BYTES: u64 = 8 << 10;
@@ -39,6 +40,8 @@ pub struct Known {
     pub rejected: [BTreeMap<u64, bool>; 2],
     /// All up to here was given up, confirmed and tried.
     pub given_up: [(u64, u64); 2],
+    /// The volatile store that it began in.
+    pub born: Option<Incarnation>,
 }
 
 impl Known {
@@ -64,14 +67,18 @@ impl Known {
     }
 }
 
+/// The name of the store on disk.
+pub const STORE: Incarnation = Incarnation::of(0x0123_4567_89ab_cdef);
+
 pub struct Tester {
+    pub store: Incarnation,
     pub disk: SimDisk,
     pub engine: Option<Engine>,
     pub known: BTreeMap<u64, Known>,
     pub cap_bytes: u64,
     pub names: u64,
     /// Output was given up for want of space.
-    dropped: bool,
+    pub dropped: bool,
 }
 
 pub fn ids(number: u64) -> Ids {
@@ -122,7 +129,12 @@ type Answer<T> = async_channel::Receiver<T>;
 
 impl Tester {
     pub fn new(cap_bytes: u64) -> Tester {
+        Tester::named(STORE, cap_bytes)
+    }
+
+    fn named(store: Incarnation, cap_bytes: u64) -> Tester {
         let mut tester = Tester {
+            store,
             disk: SimDisk::default(),
             engine: None,
             known: BTreeMap::new(),
@@ -141,7 +153,7 @@ impl Tester {
             Box::new(self.disk.clone()),
             Box::new(SimIndex::open(&self.disk)),
             bounds(self.cap_bytes),
-            *b"0123456789abcdef",
+            self.store,
             || 1_000,
         );
         let (engine, recovered) = match opened {
@@ -342,6 +354,7 @@ impl Tester {
     pub fn fork(&self) -> Tester {
         assert!(self.engine.is_none());
         Tester {
+            store: self.store,
             disk: self.disk.fork(),
             engine: None,
             known: self.known.clone(),
@@ -373,7 +386,7 @@ impl Tester {
         self.disk.clear_fault();
     }
 
-    fn note_drops(&mut self) {
+    pub fn note_drops(&mut self) {
         // Near the cap a cut may be durable although its commit was not answered.
         let room = 4 * recovery::segment_bytes(self.cap_bytes) + SEGMENT_BYTES;
         let near = self.cap_bytes.saturating_sub(room);

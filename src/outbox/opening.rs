@@ -4,11 +4,12 @@
 //! DIR/clean            there after a clean stop; holds the counts of that moment
 //! DIR/index/           sled
 //! DIR/spool/N.seg      the log
+//! DIR.format-V-N/      a store of a newer agent (`aside`)
 //! ```
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,48 +17,53 @@ use std::time::Instant;
 use async_channel::Sender;
 use rustix::process::{Resource, Rlimit, setrlimit};
 
+use super::aside;
 use super::disk::{Disk, RealDisk, sync_folder};
 use super::engine::{Bounds, Engine};
+use super::frozen;
 use super::handle::Incarnations;
-use super::index::{self, Index, SledIndex};
+use super::index::{self, SledIndex};
 use super::memory::{MemoryDisk, MemoryIndex};
-use super::record::Entry;
+use super::moving::Source;
 use super::recovery::{self, OpenError};
-use super::segment::INCARNATION_BYTES;
 use super::types::*;
 use crate::clock;
-use crate::ids::AttemptKey;
+use crate::ids::Incarnation;
 use crate::limits::{
     FINAL_OUTPUT_BYTES_MAX, INDEX_CHECK_MEMORY_BYTES, INDEX_CHECK_TIMEOUT, MEMORY_STORE_BYTES,
     SEGMENTS_MIN, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN, TERMINAL_RESERVE_BYTES_MIN,
 };
 
 const CLEAN_FILE: &str = "clean";
-const INDEX_DIR: &str = "index";
-const SPOOL_DIR: &str = "spool";
-/// Attempts to find a free name for a store that is set aside.
-const ASIDE_NAMES_MAX: u32 = 100;
+pub(super) const INDEX_DIR: &str = "index";
+pub(super) const SPOOL_DIR: &str = "spool";
 
 /// Opens the store that the settings ask for, or the volatile one. The third is `None` for a store
 /// on disk, else why it is in memory, as far as it was not chosen.
 pub(super) fn open_any(settings: &Settings) -> (Engine, Recovered, Option<Option<String>>) {
     if settings.memory_only {
-        return (open_memory(settings, &[]), Recovered::default(), Some(None));
+        return (open_memory(settings), Recovered::default(), Some(None));
     }
     match open_disk(settings) {
         Ok((engine, recovered)) => (engine, recovered, None),
         Err(why) => {
             log::error!("{}", failure(settings, &why));
-            let engine = open_memory(settings, &known_attempts(settings));
-            (engine, Recovered::default(), Some(Some(why)))
+            (open_memory(settings), Recovered::default(), Some(Some(why)))
         }
     }
 }
 
 /// Opens the store on disk.
 fn open_disk(settings: &Settings) -> Result<(Engine, Recovered), String> {
+    let (mut engine, mut recovered) = open_disk_in_use(settings)?;
+    aside::take_back(settings, &mut engine, &mut recovered);
+    engine.news = false;
+    Ok((engine, recovered))
+}
+
+fn open_disk_in_use(settings: &Settings) -> Result<(Engine, Recovered), String> {
     open_disk_once(settings).or_else(|why| match why {
-        OpenError::Newer(version) => set_aside(&settings.dir, version)
+        OpenError::Newer(version) => aside::set_aside(&settings.dir, version)
             .and_then(|()| match open_disk_once(settings) {
                 Ok(opened) => Ok(opened),
                 Err(OpenError::Io(why)) => Err(why),
@@ -68,11 +74,11 @@ fn open_disk(settings: &Settings) -> Result<(Engine, Recovered), String> {
     })
 }
 
-fn open_disk_once(settings: &Settings) -> Result<(Engine, Recovered), OpenError> {
+pub(super) fn open_disk_once(settings: &Settings) -> Result<(Engine, Recovered), OpenError> {
     let dir = &settings.dir;
     let mut disk = RealDisk::new(&dir.join(SPOOL_DIR))?;
     // Looks before anything is changed: a newer store stays as it is.
-    recovery::check_versions(&mut disk)?;
+    let scan = recovery::scan(&mut disk, random_name())?;
     let clean = take_clean_mark(dir)?;
     let index_dir = dir.join(INDEX_DIR);
     let trusted = clean
@@ -83,11 +89,11 @@ fn open_disk_once(settings: &Settings) -> Result<(Engine, Recovered), OpenError>
             .is_none_or(|checker| passes_check(checker, &index_dir));
     let index = SledIndex::open(&index_dir, trusted)?;
     let rebuilt = index.was_rebuilt();
-    let (mut engine, recovered) = recovery::open(
+    let (mut engine, recovered) = recovery::open_scanned(
         Box::new(disk),
+        scan,
         Box::new(index),
         bounds(settings),
-        random_name()?,
         wall_ms,
     )?;
     engine.tally.index_rebuilt |= rebuilt;
@@ -95,12 +101,8 @@ fn open_disk_once(settings: &Settings) -> Result<(Engine, Recovered), OpenError>
     Ok((engine, recovered))
 }
 
-/// Opens a store in memory that knows these attempts to be done.
-pub(super) fn open_memory(settings: &Settings, known: &[(AttemptKey, Entry)]) -> Engine {
-    let mut index = MemoryIndex::default();
-    for (key, entry) in known {
-        index.put(*key, *entry);
-    }
+/// Opens a store in memory, beside what can be read of the one on disk.
+pub(super) fn open_memory(settings: &Settings) -> Engine {
     let disk: Box<dyn Disk> = Box::new(MemoryDisk::default());
     let cap_bytes = MEMORY_STORE_BYTES as u64;
     let bounds = Bounds {
@@ -108,20 +110,13 @@ pub(super) fn open_memory(settings: &Settings, known: &[(AttemptKey, Entry)]) ->
         terminal_reserve_bytes: settings.terminal_reserve_bytes.min(cap_bytes / 4),
         final_output_bytes: settings.final_output_bytes.min(MEMORY_STORE_BYTES / 16),
     };
-    // Without randomness two volatile stores cannot be told apart; the time is next best.
-    let incarnation = random_name().unwrap_or_else(|_| hex(wall_ms()));
-    match recovery::open(disk, Box::new(index), bounds, incarnation, wall_ms) {
-        Ok((engine, _)) => engine,
+    let index = Box::new(MemoryIndex::default());
+    match recovery::open(disk, index, bounds, random_name(), wall_ms) {
+        Ok((mut engine, _)) => {
+            engine.frozen = frozen::open(settings).map(Box::new);
+            engine
+        }
         Err(_) => unreachable!("opening an empty store in memory meets no disk"),
-    }
-}
-
-/// What a store that cannot be opened for writing still tells: attempts that must not run again.
-pub(super) fn known_attempts(settings: &Settings) -> Vec<(AttemptKey, Entry)> {
-    let mut disk = RealDisk::existing(&settings.dir.join(SPOOL_DIR));
-    match recovery::scan(&mut disk, [b'0'; INCARNATION_BYTES]) {
-        Ok(scan) => scan.known(),
-        Err(_) => Vec::new(),
     }
 }
 
@@ -134,7 +129,7 @@ pub(super) fn inspect(dir: &Path, cap_bytes: u64) -> io::Result<Counts> {
         return Ok(counts);
     }
     let mut disk = RealDisk::existing(&dir.join(SPOOL_DIR));
-    match recovery::scan(&mut disk, [b'0'; INCARNATION_BYTES]) {
+    match recovery::scan(&mut disk, Incarnation::of(0)) {
         Ok(scan) => Ok(scan.counts(cap_bytes)),
         Err(OpenError::Io(why)) => Err(why),
         Err(OpenError::Newer(version)) => Err(io::Error::other(format!(
@@ -148,33 +143,46 @@ pub(super) struct Reopening {
     pub settings: Settings,
     pub reopened: Sender<Recovered>,
     pub incarnations: Arc<Incarnations>,
+    /// The store on disk, if it could be opened but did not take what memory holds. It is not
+    /// opened anew: what it wrote in vain is known to be void as long as it stays open.
+    pub opened: Option<Box<(Engine, Recovered)>>,
 }
 
 impl Reopening {
-    /// Opens the disk and takes over the attempts that memory knows to be done.
-    pub fn try_disk(self, finished: &[(AttemptKey, Entry)]) -> Result<Engine, (Reopening, String)> {
-        let (mut engine, mut recovered) = match open_disk(&self.settings) {
-            Ok(opened) => opened,
-            Err(why) => {
-                log::warn!(
-                    "the outbox is still in memory: {}",
-                    failure(&self.settings, &why)
-                );
-                return Err((self, why));
-            }
+    /// Opens the disk and moves there what memory holds. After an error memory holds it still.
+    pub fn try_disk(&mut self, memory: &mut Engine) -> Result<Engine, String> {
+        let opened = match self.opened.take() {
+            Some(opened) => Ok(*opened),
+            None => open_disk(&self.settings),
         };
-        for (key, entry) in finished {
-            engine.remember(*key, entry.discarded, (entry.status, entry.exit_code));
-        }
-        if let Err(why) = engine.store_memory() {
-            return Err((self, why.to_string()));
-        }
-        recovered
-            .queued
-            .retain(|task| engine.attempts.contains_key(&task.ids.key()));
+        let moved = opened.and_then(|(mut engine, recovered)| {
+            match engine.absorb(memory, Source::Younger) {
+                Ok(()) => Ok((engine, recovered)),
+                Err(why) => {
+                    self.opened = Some(Box::new((engine, recovered)));
+                    Err(why.to_string())
+                }
+            }
+        });
+        let (mut engine, mut recovered) = moved.inspect_err(|why| {
+            log::warn!(
+                "the outbox is still in memory: {}",
+                failure(&self.settings, why)
+            );
+        })?;
+        engine.tally.add(&memory.tally);
+        recovered.queued.retain(|task| {
+            let key = task.ids.key();
+            let attempt = engine.attempts.get(&key);
+            // What memory has received is queued already.
+            attempt.is_some_and(|attempt| attempt.phase() == Phase::Received)
+                && !memory.attempts.contains_key(&key)
+        });
         log::info!(
-            "the outbox is on disk again, in {}; {} tasks waited there",
+            "the outbox is on disk again, in {}; {} attempts came from memory, {} tasks waited \
+             there",
             self.settings.dir.display(),
+            memory.attempts.len(),
             recovered.queued.len(),
         );
         // Set once: a store leaves memory at most once, and the channel holds one.
@@ -204,7 +212,7 @@ pub(super) fn check_index(dir: &Path) -> bool {
 }
 
 /// Opens the index in a child process first, since a damaged one can panic, hang or balloon.
-fn passes_check(checker: &Path, index_dir: &Path) -> bool {
+pub(super) fn passes_check(checker: &Path, index_dir: &Path) -> bool {
     let Some(store) = index_dir.parent() else {
         return false;
     };
@@ -258,27 +266,7 @@ pub(super) fn put_clean_mark(path: &Path, counts: &Counts) -> io::Result<()> {
     path.parent().map_or(Ok(()), sync_folder)
 }
 
-/// Puts a newer store beside, whole.
-fn set_aside(dir: &Path, version: u32) -> io::Result<()> {
-    for number in 1..=ASIDE_NAMES_MAX {
-        let mut name = dir.as_os_str().to_owned();
-        name.push(format!(".format-{version}-{number}"));
-        let aside = PathBuf::from(name);
-        if !aside.exists() {
-            std::fs::rename(dir, &aside)?;
-            log::error!(
-                "the outbox in {} was written by a newer agent, in format {version}: it is kept \
-                 as {} and a new one is begun; run the newer agent on it to deliver what it holds",
-                dir.display(),
-                aside.display(),
-            );
-            return Ok(());
-        }
-    }
-    Err(io::Error::other("too many stores have been set aside"))
-}
-
-fn bounds(settings: &Settings) -> Bounds {
+pub(super) fn bounds(settings: &Settings) -> Bounds {
     let cap_bytes = settings
         .cap_bytes
         .clamp(SPOOL_CAP_BYTES_MIN, SPOOL_CAP_BYTES_MAX);
@@ -293,23 +281,18 @@ fn bounds(settings: &Settings) -> Bounds {
     }
 }
 
-fn random_name() -> io::Result<[u8; INCARNATION_BYTES]> {
+/// Without randomness two stores cannot be told apart; the time is next best.
+pub(super) fn random_name() -> Incarnation {
     let mut bytes = [0; 8];
     let mut filled = 0;
     while filled < bytes.len() {
         let flags = rustix::rand::GetRandomFlags::empty();
-        filled += rustix::rand::getrandom(&mut bytes[filled..], flags)?;
+        match rustix::rand::getrandom(&mut bytes[filled..], flags) {
+            Ok(more) => filled += more,
+            Err(_) => return Incarnation::of(wall_ms()),
+        }
     }
-    Ok(hex(u64::from_le_bytes(bytes)))
-}
-
-fn hex(number: u64) -> [u8; INCARNATION_BYTES] {
-    let mut name = [0; INCARNATION_BYTES];
-    for (at, digit) in name.iter_mut().enumerate() {
-        let nibble = (number >> (4 * at) & 0xf) as usize;
-        *digit = b"0123456789abcdef"[nibble];
-    }
-    name
+    Incarnation::of(u64::from_le_bytes(bytes))
 }
 
 pub(super) fn wall_ms() -> u64 {

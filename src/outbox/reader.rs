@@ -6,9 +6,10 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::engine::{Engine, io_error};
-use super::record::{RECORD_HEAD_BYTES, Record, UNIT_HEAD_BYTES};
+use super::record::{RECORD_HEAD_BYTES, Record};
 use super::segment::{HEADER_BYTES, SegmentReader};
 use super::types::*;
+use super::unit::UNIT_HEAD_BYTES;
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::SECTOR_BYTES;
 
@@ -179,6 +180,7 @@ impl Engine {
         Some(Message {
             at,
             key,
+            store: attempt.born.unwrap_or(self.log.incarnation),
             ids: Arc::clone(&attempt.ids),
             body,
         })
@@ -294,12 +296,14 @@ impl Engine {
                 return None;
             }
             let ending = attempt.fin?.ending;
+            let store = attempt.born.unwrap_or(self.log.incarnation);
             let held = !attempt.final_done;
             let texts = if held { self.stored_texts(key) } else { None };
             let texts_held = texts.is_some();
             let (output, error) = texts.unwrap_or_default();
             return Some(StoredFinal {
                 key,
+                store,
                 fin: Final {
                     status: ending.status,
                     exit_code: ending.exit_code,
@@ -312,9 +316,12 @@ impl Engine {
                 texts_held,
             });
         }
-        let entry = self.index_entry(key).ok()??;
+        let Some(entry) = self.index_entry(key).ok()? else {
+            return self.frozen.as_mut()?.final_of(key);
+        };
         (!entry.discarded).then_some(StoredFinal {
             key,
+            store: entry.born.unwrap_or(self.log.incarnation),
             fin: Final {
                 status: entry.status,
                 exit_code: entry.exit_code,
@@ -421,6 +428,9 @@ impl Engine {
         let mut by_arrival: Vec<_> = self.attempts.iter().collect();
         by_arrival.sort_unstable_by_key(|(_, attempt)| attempt.arrival);
         for (&key, attempt) in by_arrival {
+            if let Some(born) = attempt.born.filter(|b| !snapshot.inherited.contains(b)) {
+                snapshot.inherited.push(born);
+            }
             let ids = || Arc::clone(&attempt.ids);
             match attempt.phase() {
                 Phase::Received => snapshot.received.push((ids(), attempt.received_at_ms)),

@@ -1,32 +1,26 @@
-//! The bytes of a record, and of the unit of records that is committed together.
+//! The bytes of a record: a fact about one attempt.
 //!
-//! A unit begins on a sector border: a head of [`UNIT_HEAD_BYTES`], then its records one after
-//! the other. Head and records each carry a CRC32C that is seeded with the store, the generation
-//! of the segment and the place in it, so that nothing is valid anywhere but where it was written.
-//! A unit is whole if its head and all its records are; that makes it all-or-nothing without
-//! hiding the good records of a damaged one.
+//! Each carries a CRC32C that is seeded with the store, the generation of the segment and the place
+//! in it, so that it is valid nowhere but where it was written, and is told apart from damage even
+//! if the unit around it is broken.
 //!
-//! All integers are little-endian.
+//! | byte | all little-endian |
+//! | --- | --- |
+//! | 0 | CRC32C of all that follows |
+//! | 4 | length of the body |
+//! | 8 | kind, stream, flags (u8, u8, u16) |
+//! | 12 | 0 |
+//! | 16 | key |
+//! | 32 | value, u64 |
 //!
-//! | head of a unit | | head of a record | |
-//! | --- | --- | --- | --- |
-//! | 0 | magic | 0 | CRC32C of all that follows |
-//! | 4 | CRC32C of the head | 4 | length of the body |
-//! | 8 | number, u64 | 8 | kind, stream, flags (u8, u8, u16) |
-//! | 16 | length of the records | 12 | 0 |
-//! | 20 | how many | 16 | key |
-//! | 24 | wall clock, ms | 32 | value, u64 |
+//! Kinds, streams and flags of a format are a closed list. A record with a right checksum that
+//! has another one was written by a newer agent: it is never guessed at, the whole store is left
+//! to that agent ([`RecordHead::is_newer`]).
 
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream, Usage};
-use crate::limits::{ID_BYTES_MAX, SECTOR_BYTES};
+use crate::ids::{AttemptKey, FinalStatus, Ids, Incarnation, Stream, Usage};
+use crate::limits::ID_BYTES_MAX;
 
-pub(super) const UNIT_HEAD_BYTES: usize = 32;
 pub(super) const RECORD_HEAD_BYTES: usize = 40;
-const UNIT_MAGIC: u32 = 0x5455_4c48;
-/// What the page cache works in.
-pub(super) const PAGE_BYTES: u64 = 4096;
-/// A buffer that an oversized unit has grown beyond this is given back.
-const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
 /// Lost ranges of a stream above its watermark that are told apart. There is none but after damage
 /// or a rejected chunk; with more, what lies between the two eldest is given up too.
 pub(super) const LOST_RANGES_MAX: usize = 32;
@@ -36,12 +30,26 @@ pub(super) const LOST_RANGES_MAX: usize = 32;
 const NUMBER_MAX: u64 = 1 << 62;
 
 /// Flag of the last record of a unit: what follows is the next sector's unit.
-const FLAG_LAST: u16 = 0x8000;
+pub(super) const FLAG_LAST: u16 = 0x8000;
 const FLAG_OUTPUT_TRUNCATED: u16 = 1;
 const FLAG_ERROR_TRUNCATED: u16 = 2;
 /// Four numbers of what was used stand before the texts.
 const FLAG_USAGE: u16 = 4;
 const FLAG_DROPPED: u16 = 1;
+/// The name of the store in which the messages were born stands first in the body.
+const FLAG_BORN: u16 = 2;
+
+/// The flags that a record of this kind may have, apart from [`FLAG_LAST`]; `None`: no such kind.
+fn known_flags(kind: u8) -> Option<u16> {
+    Some(match kind {
+        1 | 9 => FLAG_BORN,
+        4 => FLAG_OUTPUT_TRUNCATED | FLAG_ERROR_TRUNCATED | FLAG_USAGE,
+        5 | 11 => FLAG_DROPPED,
+        10 => FLAG_DROPPED | FLAG_BORN,
+        2 | 3 | 6 | 7 | 8 => 0,
+        _ => return None,
+    })
+}
 
 /// State of a stream as far as it cannot be read off its chunks.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -69,6 +77,8 @@ pub(super) struct Identity {
     pub received_at_ms: u64,
     /// 0: not started.
     pub started_at_ms: u64,
+    /// The store that its messages are named after, if that is another one.
+    pub born: Option<Incarnation>,
 }
 
 /// How an attempt ended, apart from its texts.
@@ -91,6 +101,8 @@ pub(super) struct Entry {
     pub discarded: bool,
     pub status: FinalStatus,
     pub exit_code: i32,
+    /// The store that its messages are named after, if that is another one.
+    pub born: Option<Incarnation>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,69 +166,16 @@ pub(super) fn status_of(code: u8) -> Option<FinalStatus> {
     }
 }
 
-/// Bytes that a unit of records of this length takes on disk.
-pub(super) fn unit_bytes(records: usize) -> u64 {
-    (UNIT_HEAD_BYTES + records).next_multiple_of(SECTOR_BYTES) as u64
-}
-
 // ---- writing ----------------------------------------------------------------------------------
 
-/// Collects the records of one unit in a buffer that is reused.
-#[derive(Default)]
-pub(super) struct UnitBuffer {
-    /// Head and records, and behind them what is left of the padding of an attempt to write it.
-    bytes: Vec<u8>,
-    /// End of the records in `bytes`.
-    end: usize,
-    /// Where each record begins in `bytes`.
-    starts: Vec<u32>,
-}
-
-impl UnitBuffer {
-    pub fn is_empty(&self) -> bool {
-        self.starts.is_empty()
-    }
-
-    /// Bytes of the records so far, without the unit's head.
-    pub fn records_bytes(&self) -> usize {
-        self.end.saturating_sub(UNIT_HEAD_BYTES)
-    }
-
-    pub fn clear(&mut self) {
-        self.bytes.clear();
-        self.end = 0;
-        self.starts.clear();
-        if self.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
-            self.bytes = Vec::new();
-        }
-    }
-
-    /// Adds a record; gives its distance from the unit's begin.
-    pub fn push(&mut self, key: AttemptKey, record: &Record<'_>) -> u64 {
-        let start = self.end.max(UNIT_HEAD_BYTES);
-        self.bytes.resize(start, 0);
-        self.starts.push(start as u32);
-        self.bytes.resize(start + RECORD_HEAD_BYTES, 0);
-        let (kind, stream, flags, value) = self.push_body(record);
-        let body = (self.bytes.len() - start - RECORD_HEAD_BYTES) as u32;
-        let head = &mut self.bytes[start..start + RECORD_HEAD_BYTES];
-        head[4..8].copy_from_slice(&body.to_le_bytes());
-        head[8] = kind;
-        head[9] = stream.map_or(0, |stream| stream.index() as u8);
-        head[10..12].copy_from_slice(&flags.to_le_bytes());
-        head[16..32].copy_from_slice(&key.0);
-        head[32..40].copy_from_slice(&value.to_le_bytes());
-        self.end = self.bytes.len();
-        start as u64
-    }
-
-    fn push_body(&mut self, record: &Record<'_>) -> (u8, Option<Stream>, u16, u64) {
-        let out = &mut self.bytes;
-        match record {
+impl Record<'_> {
+    /// Appends the body; gives kind, stream, flags and value for the head.
+    pub fn encode_body(&self, out: &mut Vec<u8>) -> (u8, Option<Stream>, u16, u64) {
+        match self {
             Record::Received { identity, command } => {
-                put_identity(out, identity);
+                let flags = put_identity(out, identity);
                 out.extend_from_slice(command);
-                (1, None, 0, identity.arrival)
+                (1, None, flags, identity.arrival)
             }
             Record::Starting { at_ms } => (2, None, 0, *at_ms),
             Record::Output {
@@ -263,13 +222,16 @@ impl UnitBuffer {
             Record::Truncated { stream, through } => (7, Some(*stream), 0, *through),
             Record::Rejected { stream, sequence } => (8, Some(*stream), 0, *sequence),
             Record::Identity(identity) => {
-                put_identity(out, identity);
-                (9, None, 0, identity.arrival)
+                let flags = put_identity(out, identity);
+                (9, None, flags, identity.arrival)
             }
             Record::Closed(entry) => {
+                let mut flags = put_born(out, entry.born);
                 out.push(status_code(entry.status));
                 out.extend_from_slice(&entry.exit_code.to_le_bytes());
-                let flags = if entry.discarded { FLAG_DROPPED } else { 0 };
+                if entry.discarded {
+                    flags |= FLAG_DROPPED;
+                }
                 (10, None, flags, entry.order)
             }
             Record::Mark { stream, mark } => {
@@ -284,52 +246,19 @@ impl UnitBuffer {
             }
         }
     }
-
-    /// Completes the unit for this place: checksums and padding.
-    pub fn seal(&mut self, place: UnitPlace) -> &[u8] {
-        let records = self.records_bytes() as u32;
-        if let Some(&last) = self.starts.last() {
-            // A unit that failed is sealed once more elsewhere, so only bits are set here.
-            self.bytes[last as usize + 11] |= (FLAG_LAST >> 8) as u8;
-        }
-        let ends = self.starts.iter().skip(1).copied();
-        let ends = ends.chain([UNIT_HEAD_BYTES as u32 + records]);
-        for (&start, end) in self.starts.iter().zip(ends) {
-            let record = &mut self.bytes[start as usize..end as usize];
-            let crc = record_crc(place.seed, place.offset + u64::from(start), record);
-            record[..4].copy_from_slice(&crc.to_le_bytes());
-        }
-        let head = &mut self.bytes[..UNIT_HEAD_BYTES];
-        head[..4].copy_from_slice(&UNIT_MAGIC.to_le_bytes());
-        head[8..16].copy_from_slice(&place.number.to_le_bytes());
-        head[16..20].copy_from_slice(&records.to_le_bytes());
-        head[20..24].copy_from_slice(&(self.starts.len() as u32).to_le_bytes());
-        head[24..32].copy_from_slice(&place.wall_ms.to_le_bytes());
-        let crc = unit_crc(place.seed, place.offset, head);
-        head[4..8].copy_from_slice(&crc.to_le_bytes());
-        // Up to the end of the page, so that the kernel need not read it first. What stands there
-        // is not confirmed, and the next unit goes over it.
-        let unit_end = place.offset + self.end.next_multiple_of(SECTOR_BYTES) as u64;
-        let page_end = unit_end
-            .next_multiple_of(PAGE_BYTES)
-            .min(place.capacity.max(unit_end));
-        self.bytes.resize((page_end - place.offset) as usize, 0);
-        &self.bytes
-    }
 }
 
-/// Where a unit goes.
-#[derive(Clone, Copy)]
-pub(super) struct UnitPlace {
-    pub seed: u32,
-    pub offset: u64,
-    /// End of the segment.
-    pub capacity: u64,
-    pub number: u64,
-    pub wall_ms: u64,
+fn put_born(out: &mut Vec<u8>, born: Option<Incarnation>) -> u16 {
+    let Some(born) = born else {
+        return 0;
+    };
+    out.extend_from_slice(born.digits());
+    FLAG_BORN
 }
 
-fn put_identity(out: &mut Vec<u8>, identity: &Identity) {
+/// Gives the flags.
+fn put_identity(out: &mut Vec<u8>, identity: &Identity) -> u16 {
+    let flags = put_born(out, identity.born);
     out.push(identity.ids.task.len() as u8);
     out.push(identity.ids.attempt.len() as u8);
     out.push(identity.timeout_seconds.is_some().into());
@@ -339,39 +268,10 @@ fn put_identity(out: &mut Vec<u8>, identity: &Identity) {
     out.extend_from_slice(&identity.started_at_ms.to_le_bytes());
     out.extend_from_slice(identity.ids.task.as_bytes());
     out.extend_from_slice(identity.ids.attempt.as_bytes());
+    flags
 }
 
 // ---- reading ----------------------------------------------------------------------------------
-
-/// A valid head of a unit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct UnitHead {
-    pub number: u64,
-    pub records_bytes: u32,
-    pub records: u32,
-    pub wall_ms: u64,
-}
-
-impl UnitHead {
-    /// `None` if these bytes are not the head of a unit at this place.
-    pub fn decode(seed: u32, offset: u64, bytes: &[u8]) -> Option<UnitHead> {
-        let head = bytes.get(..UNIT_HEAD_BYTES)?;
-        if u32_at(head, 0)? != UNIT_MAGIC || u32_at(head, 4)? != unit_crc(seed, offset, head) {
-            return None;
-        }
-        Some(UnitHead {
-            number: u64_at(head, 8)?,
-            records_bytes: u32_at(head, 16)?,
-            records: u32_at(head, 20)?,
-            wall_ms: u64_at(head, 24)?,
-        })
-    }
-
-    /// With head and padding.
-    pub fn bytes(&self) -> u64 {
-        unit_bytes(self.records_bytes as usize)
-    }
-}
 
 /// The head of a record; its body is proven only by [`RecordHead::proves`].
 #[derive(Debug, Clone, Copy)]
@@ -381,6 +281,7 @@ pub(super) struct RecordHead {
     kind: u8,
     stream: u8,
     flags: u16,
+    reserved: u32,
     pub key: AttemptKey,
     pub value: u64,
 }
@@ -395,6 +296,7 @@ impl RecordHead {
             kind: *bytes.get(8)?,
             stream: *bytes.get(9)?,
             flags: u16::from_le_bytes(bytes.get(10..12)?.try_into().ok()?),
+            reserved: u32_at(bytes, 12)?,
             key: AttemptKey(key),
             value: u64_at(bytes, 32)?,
         })
@@ -403,6 +305,13 @@ impl RecordHead {
     /// Head and body.
     pub fn bytes(&self) -> u64 {
         RECORD_HEAD_BYTES as u64 + u64::from(self.body_bytes)
+    }
+
+    /// No agent of this format or an older one writes this.
+    pub fn is_newer(&self) -> bool {
+        let flags = self.flags & !FLAG_LAST;
+        let known = known_flags(self.kind).is_some_and(|known| flags & !known == 0);
+        !known || usize::from(self.stream) >= Stream::ALL.len() || self.reserved != 0
     }
 
     pub fn is_last(&self) -> bool {
@@ -416,9 +325,12 @@ impl RecordHead {
 }
 
 impl<'a> Record<'a> {
-    /// Reads a record whose checksum is right. `None`: of an unknown kind, or with a meaning that
-    /// no writer gives it; it is passed over.
+    /// Reads a record whose checksum is right. `None`: of a newer format, or with a meaning that no
+    /// writer gives it; it is passed over.
     pub fn decode(head: &RecordHead, body: &'a [u8]) -> Option<Record<'a>> {
+        if head.is_newer() {
+            return None;
+        }
         let stream = *Stream::ALL.get(usize::from(head.stream))?;
         let flagged = head.flags & FLAG_DROPPED != 0;
         if head.value > NUMBER_MAX {
@@ -474,12 +386,16 @@ impl<'a> Record<'a> {
                 sequence: head.value,
             },
             9 => Record::Identity(take_identity(head, body)?.0),
-            10 => Record::Closed(Entry {
-                order: head.value,
-                discarded: flagged,
-                status: status_of(*body.first()?)?,
-                exit_code: u32_at(body, 1)? as i32,
-            }),
+            10 => {
+                let (born, body) = take_born(head, body)?;
+                Record::Closed(Entry {
+                    order: head.value,
+                    discarded: flagged,
+                    status: status_of(*body.first()?)?,
+                    exit_code: u32_at(body, 1)? as i32,
+                    born,
+                })
+            }
             11 => {
                 let mut lost = Vec::new();
                 for pair in body.get(16..)?.chunks_exact(16).take(LOST_RANGES_MAX) {
@@ -505,7 +421,16 @@ impl<'a> Record<'a> {
     }
 }
 
+fn take_born<'a>(head: &RecordHead, body: &'a [u8]) -> Option<(Option<Incarnation>, &'a [u8])> {
+    if head.flags & FLAG_BORN == 0 {
+        return Some((None, body));
+    }
+    let (digits, rest) = body.split_at_checked(Incarnation::BYTES)?;
+    Some((Some(Incarnation::from_digits(digits)?), rest))
+}
+
 fn take_identity<'a>(head: &RecordHead, body: &'a [u8]) -> Option<(Identity, &'a [u8])> {
+    let (born, body) = take_born(head, body)?;
     let task_bytes = usize::from(*body.first()?);
     let attempt_bytes = usize::from(*body.get(1)?);
     if task_bytes > ID_BYTES_MAX || attempt_bytes > ID_BYTES_MAX {
@@ -524,44 +449,12 @@ fn take_identity<'a>(head: &RecordHead, body: &'a [u8]) -> Option<(Identity, &'a
         timeout_seconds: (*body.get(2)? != 0).then_some(u64_at(body, 11)?),
         received_at_ms: u64_at(body, 19)?,
         started_at_ms: u64_at(body, 27)?,
+        born,
     };
     Some((identity, rest))
 }
 
-/// These bytes as a unit whose checksums are right, whatever they are.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(super) fn mend_unit(seed: u32, offset: u64, number: u64, records: &[u8]) -> Vec<u8> {
-    let mut unit = vec![0; UNIT_HEAD_BYTES];
-    unit.extend_from_slice(records);
-    let (mut at, mut count) = (UNIT_HEAD_BYTES, 0u32);
-    while at + RECORD_HEAD_BYTES <= unit.len() {
-        let room = unit.len() - at - RECORD_HEAD_BYTES;
-        let wanted = u32_at(&unit, at + 4).unwrap_or(0) as usize % 4096;
-        let body = wanted.min(room);
-        unit[at + 4..at + 8].copy_from_slice(&(body as u32).to_le_bytes());
-        let end = at + RECORD_HEAD_BYTES + body;
-        let crc = record_crc(seed, offset + at as u64, &unit[at..end]);
-        unit[at..at + 4].copy_from_slice(&crc.to_le_bytes());
-        at = end;
-        count += 1;
-    }
-    unit.truncate(at);
-    unit[..4].copy_from_slice(&UNIT_MAGIC.to_le_bytes());
-    unit[8..16].copy_from_slice(&number.to_le_bytes());
-    unit[16..20].copy_from_slice(&((at - UNIT_HEAD_BYTES) as u32).to_le_bytes());
-    unit[20..24].copy_from_slice(&count.to_le_bytes());
-    let crc = unit_crc(seed, offset, &unit);
-    unit[4..8].copy_from_slice(&crc.to_le_bytes());
-    unit.resize(unit.len().next_multiple_of(SECTOR_BYTES), 0);
-    unit
-}
-
-fn unit_crc(seed: u32, offset: u64, head: &[u8]) -> u32 {
-    let crc = crc32c::crc32c_append(seed, &offset.to_le_bytes());
-    crc32c::crc32c_append(crc, &head[8..UNIT_HEAD_BYTES])
-}
-
-fn record_crc(seed: u32, offset: u64, record: &[u8]) -> u32 {
+pub(super) fn record_crc(seed: u32, offset: u64, record: &[u8]) -> u32 {
     let crc = crc32c::crc32c_append(seed, &offset.to_le_bytes());
     crc32c::crc32c_append(crc, &record[4..])
 }

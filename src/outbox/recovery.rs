@@ -14,22 +14,33 @@ use super::disk::Disk;
 use super::engine::{Bounds, Engine};
 use super::index::Index;
 use super::log::{FREE_FILES_MAX, Log, LogEnd, Segment, Tail, file_name, parse_name};
-use super::record::{Entry, RECORD_HEAD_BYTES, Record, UNIT_HEAD_BYTES, UnitHead};
+use super::record::{Entry, RECORD_HEAD_BYTES, Record};
 use super::segment::{
-    HEADER_BYTES, Header, HeaderError, INCARNATION_BYTES, SEGMENT_BYTES_LIMIT, SegmentReader,
+    FORMAT_VERSION, HEADER_BYTES, Header, HeaderError, SEGMENT_BYTES_LIMIT, SegmentReader,
 };
 use super::space::FORGOTTEN;
 use super::types::*;
-use crate::ids::{AttemptKey, Stream};
+use super::unit::{UNIT_HEAD_BYTES, UnitHead};
+use crate::ids::{AttemptKey, Incarnation, Stream};
 use crate::limits::{
     FINISHED_ATTEMPTS_MAX, SECTOR_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, SEGMENTS_MIN,
 };
 
 #[derive(Debug)]
 pub(super) enum OpenError {
-    /// The store was written by a newer agent, in this format version.
+    /// The store was written by a newer agent: in this format version, or with records that ours
+    /// does not have.
     Newer(u32),
     Io(io::Error),
+}
+
+impl std::fmt::Display for OpenError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            OpenError::Newer(version) => write!(f, "a newer agent wrote it, in format {version}"),
+            OpenError::Io(why) => why.fmt(f),
+        }
+    }
 }
 
 impl From<io::Error> for OpenError {
@@ -44,8 +55,10 @@ pub(super) struct Scan {
     /// Attempts that the log says are done.
     pub closed: Vec<(AttemptKey, Entry)>,
     pub segments: Vec<Segment>,
-    pub incarnation: [u8; INCARNATION_BYTES],
+    pub incarnation: Incarnation,
     pub records_damaged: u64,
+    /// Some of its records are of a newer format.
+    newer: bool,
     /// Offset and length of the last unit of the last segment; `None` if it has none, and then its
     /// header is what may be unsynced.
     last_unit: Option<(u64, u64)>,
@@ -67,12 +80,23 @@ pub(super) fn segment_bytes(cap_bytes: u64) -> u64 {
 /// that were starting or running.
 pub(super) fn open(
     mut disk: Box<dyn Disk>,
-    mut index: Box<dyn Index>,
+    index: Box<dyn Index>,
     bounds: Bounds,
-    new_incarnation: [u8; INCARNATION_BYTES],
+    new_incarnation: Incarnation,
     clock_ms: fn() -> u64,
 ) -> Result<(Engine, Recovered), OpenError> {
-    let mut scan = scan(disk.as_mut(), new_incarnation)?;
+    let scan = scan(disk.as_mut(), new_incarnation)?;
+    open_scanned(disk, scan, index, bounds, clock_ms)
+}
+
+/// As [`open`], for a log that has been read.
+pub(super) fn open_scanned(
+    mut disk: Box<dyn Disk>,
+    mut scan: Scan,
+    mut index: Box<dyn Index>,
+    bounds: Bounds,
+    clock_ms: fn() -> u64,
+) -> Result<(Engine, Recovered), OpenError> {
     // Only the last unit may be unsynced: all before it are proven by it, or by the header of the
     // segment that it stands in. If its sync has failed, its pages may be marked clean without
     // being on the medium, and only writing them again makes a sync mean something.
@@ -133,7 +157,7 @@ pub(super) fn open(
     let mut engine = Engine::new(log, index, scan.attempts, bounds, clock_ms);
     engine.tally.records_damaged = scan.records_damaged;
     for key in forgotten {
-        engine.remember(key, false, FORGOTTEN);
+        engine.remember(key, FORGOTTEN);
     }
     engine.log.trim_free(bounds.cap_bytes);
     engine.log.ensure_spare();
@@ -214,8 +238,8 @@ fn interrupt(engine: &mut Engine, key: AttemptKey) {
         error = b"interrupted: the agent stopped while the task ran".to_vec();
     }
     let fin = Final {
-        status: FORGOTTEN.0,
-        exit_code: FORGOTTEN.1,
+        status: FORGOTTEN.status,
+        exit_code: FORGOTTEN.exit_code,
         output,
         error,
         output_truncated,
@@ -228,10 +252,7 @@ fn interrupt(engine: &mut Engine, key: AttemptKey) {
 // ---- scanning ---------------------------------------------------------------------------------
 
 /// Reads all segments. Writes nothing.
-pub(super) fn scan(
-    disk: &mut dyn Disk,
-    new_incarnation: [u8; INCARNATION_BYTES],
-) -> Result<Scan, OpenError> {
+pub(super) fn scan(disk: &mut dyn Disk, new_incarnation: Incarnation) -> Result<Scan, OpenError> {
     let mut headers: Vec<(Header, u64)> = Vec::new();
     let mut void = Vec::new();
     let mut next_name = 1;
@@ -269,6 +290,7 @@ pub(super) fn scan(
         segments: Vec::new(),
         incarnation,
         records_damaged: 0,
+        newer: false,
         last_unit: None,
         void,
         end: LogEnd {
@@ -305,7 +327,10 @@ pub(super) fn scan(
         let reader = SegmentReader::new(file, header.seed(), window);
         window = scan.read_segment(reader, place);
     }
-    Ok(scan)
+    match scan.newer {
+        true => Err(OpenError::Newer(FORMAT_VERSION)),
+        false => Ok(scan),
+    }
 }
 
 /// What is known of a segment from outside.
@@ -316,41 +341,7 @@ struct Place {
     sealed: bool,
 }
 
-/// Whether this agent may touch the store at all.
-pub(super) fn check_versions(disk: &mut dyn Disk) -> Result<(), OpenError> {
-    for file in disk
-        .list()?
-        .iter()
-        .filter(|file| parse_name(file).is_some())
-    {
-        if let Err(HeaderError::Newer(version)) = Header::read(disk.open(file)?.as_ref()) {
-            return Err(OpenError::Newer(version));
-        }
-    }
-    Ok(())
-}
-
 impl Scan {
-    /// Attempts that must not be started by somebody who cannot write this log.
-    pub fn known(mut self) -> Vec<(AttemptKey, Entry)> {
-        for (key, attempt) in &self.attempts {
-            let fin = attempt
-                .fin
-                .map(|fin| (fin.ending.status, fin.ending.exit_code));
-            if attempt.started || attempt.discarded || fin.is_some() {
-                let (status, exit_code) = fin.unwrap_or(FORGOTTEN);
-                let entry = Entry {
-                    order: attempt.arrival,
-                    discarded: attempt.discarded,
-                    status,
-                    exit_code,
-                };
-                self.closed.push((*key, entry));
-            }
-        }
-        self.closed
-    }
-
     /// Figures from the log alone.
     pub fn counts(self, cap_bytes: u64) -> Counts {
         let log = Log::new(
@@ -434,6 +425,7 @@ impl Scan {
                 at = good + head.bytes();
                 match Record::decode(&head, body) {
                     Some(record) => self.apply(head.key, &record, good, unit_at, unit.wall_ms),
+                    None if head.is_newer() => self.newer = true,
                     None => self.records_damaged += 1,
                 }
             }

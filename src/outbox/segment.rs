@@ -5,11 +5,16 @@
 //! confirmed end: what lies behind that end in the predecessor was never confirmed.
 
 use super::disk::DiskFile;
-use super::record::{RECORD_HEAD_BYTES, RecordHead, UNIT_HEAD_BYTES, UnitHead, u32_at, u64_at};
+use super::record::{RECORD_HEAD_BYTES, RecordHead, u32_at, u64_at};
+use super::unit::{UNIT_HEAD_BYTES, UnitHead};
+use crate::ids::Incarnation;
 use crate::limits::SECTOR_BYTES;
 
 /// Raised when the format changes: an older agent sets a newer store aside.
-pub(super) const FORMAT_VERSION: u32 = 1;
+///
+/// 2: finals with usage, messages that were born in another store. What format 1 has is a part of
+/// it, so that its stores are read as they are.
+pub(super) const FORMAT_VERSION: u32 = 2;
 /// Two copies of the header: the first unit begins here.
 pub(super) const HEADER_BYTES: u64 = 2 * SECTOR_BYTES as u64;
 const MAGIC: &[u8; 8] = b"HLEDGESG";
@@ -18,11 +23,9 @@ const WINDOW_BYTES: usize = 128 * 1024;
 /// Nothing that is written is longer: a command or two texts of 1 MiB each, with their heads.
 pub(super) const SEGMENT_BYTES_LIMIT: u64 = 64 * 1024 * 1024;
 
-pub(super) const INCARNATION_BYTES: usize = 16;
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Header {
-    pub incarnation: [u8; INCARNATION_BYTES],
+    pub incarnation: Incarnation,
     pub generation: u64,
     /// 0: none.
     pub predecessor: u64,
@@ -45,7 +48,7 @@ pub(super) enum HeaderError {
 impl Header {
     /// What every checksum of this segment begins with.
     pub fn seed(&self) -> u32 {
-        let crc = crc32c::crc32c(&self.incarnation);
+        let crc = crc32c::crc32c(self.incarnation.digits());
         crc32c::crc32c_append(crc, &self.generation.to_le_bytes())
     }
 
@@ -60,7 +63,7 @@ impl Header {
         sector[32..40].copy_from_slice(&self.predecessor_end.to_le_bytes());
         sector[40..48].copy_from_slice(&self.capacity.to_le_bytes());
         sector[48] = self.guards_predecessor.into();
-        sector[56..72].copy_from_slice(&self.incarnation);
+        sector[56..72].copy_from_slice(self.incarnation.digits());
         let crc = crc32c::crc32c(&sector[..SECTOR_BYTES - 4]);
         sector[SECTOR_BYTES - 4..].copy_from_slice(&crc.to_le_bytes());
         let mut both = [0; HEADER_BYTES as usize];
@@ -85,7 +88,7 @@ impl Header {
                 return None;
             }
             Some(Ok(Header {
-                incarnation: sector.get(56..72)?.try_into().ok()?,
+                incarnation: Incarnation::from_digits(sector.get(56..72)?)?,
                 generation: u64_at(sector, 16)?,
                 predecessor: u64_at(sector, 24)?,
                 predecessor_end: u64_at(sector, 32)?,

@@ -14,9 +14,10 @@ use super::attempts::Attempt;
 use super::commit::Unlogged;
 use super::engine::{Engine, io_error};
 use super::log::Segment;
-use super::record::{RECORD_HEAD_BYTES, Record, UNIT_HEAD_BYTES};
+use super::record::{Entry, RECORD_HEAD_BYTES, Record};
 use super::segment::HEADER_BYTES;
 use super::types::{Cursor, StoreError};
+use super::unit::UNIT_HEAD_BYTES;
 use crate::ids::{AttemptKey, FinalStatus, Stream};
 
 /// Dead segments are retired when there are this many, so that one sync of the index serves all.
@@ -476,4 +477,10 @@ fn needs(attempt: &Attempt) -> impl Iterator<Item = u64> {
 }
 
 /// How an attempt ends of which only later records are left: it must never run again.
-pub(super) const FORGOTTEN: (FinalStatus, i32) = (FinalStatus::Interrupted, -1);
+pub(super) const FORGOTTEN: Entry = Entry {
+    order: 0,
+    discarded: false,
+    status: FinalStatus::Interrupted,
+    exit_code: -1,
+    born: None,
+};

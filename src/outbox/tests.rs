@@ -46,7 +46,7 @@ pub(super) fn ids(name: &str) -> Ids {
     Ids::new(name, &format!("{name}-attempt")).unwrap()
 }
 
-fn receipt(name: &str) -> Receipt {
+pub(super) fn receipt(name: &str) -> Receipt {
     Receipt {
         ids: ids(name),
         command: format!("echo {name}").into_bytes(),
@@ -60,7 +60,7 @@ fn chunk(bytes: &[u8]) -> Chunk {
     Box::new(ChunkBuffer::from_slice(bytes).unwrap())
 }
 
-fn batch(texts: &[&str]) -> ChunkBatch {
+pub(super) fn batch(texts: &[&str]) -> ChunkBatch {
     texts.iter().map(|text| chunk(text.as_bytes())).collect()
 }
 
@@ -84,7 +84,7 @@ pub(super) async fn run_task(store: &Handle, name: &str) -> AttemptKey {
 }
 
 /// What a reader gets from a cursor on: one line a message.
-async fn read_all(store: &Handle, from: Cursor) -> Vec<String> {
+pub(super) async fn read_all(store: &Handle, from: Cursor) -> Vec<String> {
     let mut lines = Vec::new();
     let mut request = ReadRequest {
         from,
@@ -137,18 +137,23 @@ async fn read_all(store: &Handle, from: Cursor) -> Vec<String> {
 }
 
 /// Appends and fails with the reason alone.
-async fn append(store: &Handle, key: AttemptKey, first_sequence: u64, chunks: ChunkBatch) {
+pub(super) async fn append(
+    store: &Handle,
+    key: AttemptKey,
+    first_sequence: u64,
+    chunks: ChunkBatch,
+) {
     let stored = store
         .append(key, Stream::Stdout, first_sequence, chunks)
         .await;
     assert_eq!(stored.map(drop).map_err(|(_, why)| why), Ok(()));
 }
 
-fn acks(list: &[Ack]) -> Acks {
+pub(super) fn acks(list: &[Ack]) -> Acks {
     list.iter().copied().collect()
 }
 
-fn output_ack(key: AttemptKey, sequence: u64, cumulative: bool) -> Ack {
+pub(super) fn output_ack(key: AttemptKey, sequence: u64, cumulative: bool) -> Ack {
     Ack::Output {
         key,
         stream: Stream::Stdout,
@@ -158,7 +163,7 @@ fn output_ack(key: AttemptKey, sequence: u64, cumulative: bool) -> Ack {
 }
 
 /// Everything that a store must do whatever it stands on.
-async fn a_life(store: &Handle) {
+pub(super) async fn a_life(store: &Handle) {
     let key = run_task(store, "a").await;
     assert_eq!(
         store.receive(receipt("a")).await,
@@ -242,7 +247,6 @@ fn a_life_on_disk() {
         let (store, recovered) = open(folder.settings()).await;
         assert!(recovered.queued.is_empty());
         assert!(!store.counts().await.volatile);
-        assert_eq!(store.incarnation().len(), 16);
         a_life(&store).await;
         let incarnation = store.incarnation().to_owned();
         store.close().await;
@@ -322,7 +326,7 @@ fn each_state_survives_a_restart() {
 }
 
 /// Opens once the thread that still holds the store has gone.
-async fn reopen(folder: &Folder) -> (Handle, Recovered) {
+pub(super) async fn reopen(folder: &Folder) -> (Handle, Recovered) {
     loop {
         let (store, recovered) = open(folder.settings()).await;
         if !store.counts().await.volatile {
@@ -418,43 +422,6 @@ fn two_stores_never_share_a_folder() {
         a_life(&first).await;
         first.close().await;
     });
-}
-
-#[test]
-fn memory_is_left_for_the_disk_with_what_it_remembers() {
-    let folder = Folder::new();
-    let queued_on_disk = receipt("both");
-    block_on(async {
-        let (store, _) = open(folder.settings()).await;
-        store.receive(queued_on_disk).await.unwrap();
-        store.receive(receipt("disk")).await.unwrap();
-        store.close().await;
-    });
-    let (sender, reopened) = async_channel::bounded(1);
-    let reopening = opening::Reopening {
-        settings: folder.settings(),
-        reopened: sender,
-        incarnations: Arc::new(handle::Incarnations {
-            first: "0".repeat(16),
-            second: OnceLock::new(),
-        }),
-    };
-    let entry = record::Entry {
-        order: 1,
-        discarded: false,
-        status: FinalStatus::Completed,
-        exit_code: 0,
-    };
-    let done_in_memory = [(ids("both").key(), entry)];
-    let mut engine = match reopening.try_disk(&done_in_memory) {
-        Ok(engine) => engine,
-        Err((_, why)) => panic!("{why}"),
-    };
-    let queued = reopened.try_recv().unwrap().queued;
-    assert_eq!(queued.len(), 1);
-    assert_eq!(queued[0].ids, ids("disk"));
-    let phase = engine.known_phase(ids("both").key());
-    assert_eq!(phase, Ok(Some(Phase::Finished { held: false })));
 }
 
 #[test]

@@ -16,6 +16,9 @@ pub(super) struct Storage {
     pub appended: Sender<()>,
     /// Set while the store is in memory.
     pub volatile: Option<Volatile>,
+    /// The store has just moved: cursors are of the other one, and nothing is read from here until
+    /// a hello has been told.
+    pub moved: bool,
 }
 
 /// Why the store is in memory, and how it may leave it.
@@ -56,7 +59,7 @@ impl Storage {
     }
 
     /// Handles a command and those that wait behind it, at most a queue's length, then commits.
-    fn turn(&mut self, first: Command) -> Option<Sender<()>> {
+    pub(super) fn turn(&mut self, first: Command) -> Option<Sender<()>> {
         let mut closing = None;
         let waiting = std::iter::from_fn(|| self.commands.try_recv().ok());
         let batch: heapless::Vec<Command, STORAGE_QUEUE> = std::iter::once(first)
@@ -101,14 +104,19 @@ impl Storage {
                     engine.acknowledge(ack);
                 }
             }
+            Command::Read(request, reply) if self.moved => answer(reply, request.nothing()),
             Command::Read(request, reply) => answer(reply, engine.read(*request)),
+            Command::Rewind(.., reply) if self.moved => answer(reply, None),
             Command::Rewind(key, stream, from, reply) => {
                 answer(reply, engine.rewind(key, stream, from));
             }
             Command::FinalOf(key, reply) => answer(reply, engine.final_of(key)),
-            Command::PhaseOf(key, reply) => answer(reply, engine.known_phase(key).ok().flatten()),
+            Command::PhaseOf(key, reply) => {
+                answer(reply, engine.phase_anywhere(key).ok().flatten())
+            }
             Command::FinalsWaiting(max, reply) => answer(reply, engine.finals_waiting(max)),
             Command::Snapshot(budget, reply) => {
+                self.moved = false;
                 let mut snapshot = engine.snapshot(budget);
                 self.say_volatile(&mut snapshot.counts);
                 answer(reply, snapshot);
@@ -129,31 +137,27 @@ impl Storage {
         }
     }
 
-    /// Tries the disk again, if memory holds nothing that would be left behind.
-    fn try_to_leave_memory(&mut self) {
-        if !self.engine.attempts.is_empty() {
-            return;
-        }
+    /// Tries the disk again.
+    pub(super) fn try_to_leave_memory(&mut self) {
         let Some(volatile) = &mut self.volatile else {
             return;
         };
-        let Some(reopening) = volatile.reopening.take() else {
+        let Some(reopening) = &mut volatile.reopening else {
             return;
         };
-        let finished = self.engine.index.entries();
-        match reopening.try_disk(&finished) {
+        match reopening.try_disk(&mut self.engine) {
             Ok(engine) => {
                 self.engine = engine;
                 self.volatile = None;
+                self.moved = true;
             }
-            Err((reopening, why)) => {
-                volatile.reason = Some(why);
-                volatile.reopening = Some(reopening);
-            }
+            Err(why) => volatile.reason = Some(why),
         }
     }
 
     fn close(&mut self) {
+        // The last chance of what is in memory alone.
+        self.try_to_leave_memory();
         let mut counts = self.engine.counts();
         self.say_volatile(&mut counts);
         if let Err(why) = self.engine.close(&counts) {

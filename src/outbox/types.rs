@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ids::{AttemptKey, FinalStatus, Ids, Stream, Usage};
+use crate::ids::{AttemptKey, FinalStatus, Ids, Incarnation, Stream, Usage};
 
 /// How a store is opened.
 #[derive(Debug, Clone)]
@@ -104,6 +104,8 @@ pub struct Final {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredFinal {
     pub key: AttemptKey,
+    /// Where it was born: part of its id.
+    pub store: Incarnation,
     /// The texts are empty and both truncation flags set if `texts_held` is false.
     pub fin: Final,
     /// The texts are still in the outbox. False once the final is acknowledged.
@@ -196,6 +198,18 @@ pub struct ReadRequest {
     pub messages: Vec<Message>,
 }
 
+impl ReadRequest {
+    /// The answer when nothing is to be read.
+    pub(super) fn nothing(self) -> Batch {
+        Batch {
+            messages: self.messages,
+            buffer: self.buffer,
+            next: self.from,
+            at_end: true,
+        }
+    }
+}
+
 /// Unacknowledged messages in log order. A final comes after all output of its attempt.
 #[derive(Debug, Default)]
 pub struct Batch {
@@ -214,6 +228,8 @@ pub struct Batch {
 pub struct Message {
     pub at: Cursor,
     pub key: AttemptKey,
+    /// Where it was born: part of its id.
+    pub store: Incarnation,
     pub ids: Arc<Ids>,
     pub body: Body,
 }
@@ -252,6 +268,8 @@ pub struct Snapshot {
     /// Oldest start first: time of the start (wall clock, ms) and the last sequence of each
     /// stream, 0 for none, indexed by [`Stream::index`].
     pub started: Vec<(Arc<Ids>, u64, [u64; 2])>,
+    /// Other stores that messages held here were born in: their ids are ours too.
+    pub inherited: Vec<Incarnation>,
     pub counts: Counts,
 }
 

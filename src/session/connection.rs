@@ -383,11 +383,15 @@ impl<C: Copy + Ord + Default> Session<C> {
         }
     }
 
-    /// The attempt and piece that a message id names, if this store made it.
+    /// The attempt and piece that a message id names, if this store made it or holds it.
     pub(super) fn own_message(&self, id: &str) -> Option<(AttemptKey, Piece)> {
         MessageId::parse(id)
-            .filter(|id| id.incarnation == self.incarnation)
+            .filter(|id| id.incarnation == self.incarnation || self.inherits_from(id.incarnation))
             .map(|id| (id.key, id.piece))
+    }
+
+    fn inherits_from(&self, store: &str) -> bool {
+        self.inherited.iter().any(|other| other.as_str() == store)
     }
 
     pub(super) fn push_ack(&mut self, ack: super::Ack) {

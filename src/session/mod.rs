@@ -40,7 +40,7 @@ use self::failures::Failures;
 use self::polling::{Gate, Repeating};
 use self::reports::{Channel, ReportResult, Reports, WaitingFinal};
 use self::tasks::{QueuedTask, Tasks};
-use crate::ids::{AttemptKey, Ids, Stream};
+use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
 use crate::limits::WINDOW_MESSAGES;
 use crate::wire::{Hello, Piece, TaskOffer};
 
@@ -193,6 +193,8 @@ pub struct Session<C> {
     settings: Settings,
     /// Of the store: part of all message ids.
     incarnation: String,
+    /// Other stores, whose messages have moved into this one.
+    inherited: Vec<Incarnation>,
     /// Makes the ids of messages that are not stored unique for ever.
     boot_nonce: u64,
     messages_made: u64,
@@ -240,6 +242,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         };
         Session {
             incarnation,
+            inherited: Vec::new(),
             boot_nonce,
             messages_made: 0,
             link,
@@ -422,7 +425,12 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.reports.look_again();
     }
 
-    /// A volatile store was left for the disk: message ids change, so the session begins anew.
+    /// The snapshot for the hello has messages that were born in these stores: their ids are ours.
+    pub fn inherits(&mut self, stores: Vec<Incarnation>) {
+        self.inherited = stores;
+    }
+
+    /// A volatile store was left for the disk: cursors are void, so the session begins anew.
     pub fn store_changed(&mut self, incarnation: String, now: Now) {
         self.incarnation = incarnation;
         self.close("the store has moved back to the disk", None, now);

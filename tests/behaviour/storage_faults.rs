@@ -5,15 +5,19 @@
 //! `HOSTLINK_FAULT_STEP=1` ends the agent at every call instead of at some, and
 //! `HOSTLINK_TEST_BINARY=path` puts the release binary under the faults.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hostlink_edge::ids::{FinalStatus, Stream};
 
+use crate::support::log::End;
+use crate::support::server::DEADLINE;
 use crate::support::{Agent, Answer, ScriptedServer, Task};
 
 const LINES: usize = 30;
 /// Far longer than the task takes.
 const RUN_TIME: Duration = Duration::from_secs(4);
+/// The exit of the agent is an event; the end of its task is looked for this often meanwhile.
+const EXIT_POLL: Duration = Duration::from_millis(50);
 
 fn printing(agent: &Agent, name: &str) -> Task {
     let command = format!(
@@ -147,15 +151,29 @@ fn an_unusable_command_never_counts_as_completed() {
         server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
         agent.inject(&format!("pwrite64:signal=KILL:when={nth}"));
         agent.start_again();
-        if agent.wait_exit_within(RUN_TIME / 4).is_some() {
-            agent.start_again();
-        }
-        let end = server.wait_end(&task);
+        let (end, _) = wait_end_with_restart(&server, &mut agent, &task);
         server.policy(|policy| policy.deliver_on_hello.clear());
         server.check(
             end.status != FinalStatus::Completed,
             &format!("write {nth}: {:?}", end.status),
         );
+    }
+}
+
+/// The end of a task of an agent that may end under it, and then is started again; and whether it
+/// was.
+fn wait_end_with_restart(server: &ScriptedServer, agent: &mut Agent, task: &Task) -> (End, bool) {
+    let deadline = Instant::now() + DEADLINE;
+    let mut restarted = false;
+    loop {
+        if let Some(end) = server.look(|log| log.end(&task.ids)) {
+            return (end, restarted);
+        }
+        if agent.wait_exit_within(EXIT_POLL).is_some() {
+            restarted = true;
+            agent.start_again();
+        }
+        server.check(Instant::now() < deadline, "the task ends in time");
     }
 }
 
@@ -179,11 +197,8 @@ fn ends_at(call: &str, first: usize, last: usize, step: usize) {
         server.policy(|policy| policy.deliver_on_hello = vec![task.clone()]);
         agent.inject(&format!("{call}:signal=KILL:when={nth}"));
         agent.start_again();
-        if agent.wait_exit_within(RUN_TIME).is_some() {
-            hits += 1;
-            agent.start_again();
-        }
-        let end = server.wait_end(&task);
+        let (end, restarted) = wait_end_with_restart(&server, &mut agent, &task);
+        hits += usize::from(restarted);
         server.policy(|policy| policy.deliver_on_hello.clear());
         let runs = agent.runs(&name);
         let text = server.look(|log| log.text(&task.ids, Stream::Stdout));

@@ -1,5 +1,8 @@
 //! A store directory that cannot be written: the agent comes up all the same, and says so.
 
+use hostlink_edge::ids::Stream;
+
+use crate::support::server::DEADLINE;
 use crate::support::{Agent, Event, ScriptedServer, Task};
 
 #[test]
@@ -55,5 +58,56 @@ fn a_durable_store_is_not_called_volatile() {
     server.check(
         raw.is_some_and(|raw| !raw.contains("volatile")),
         "the hello of a durable store",
+    );
+}
+
+/// The disk returns while a task runs and nothing is acknowledged: all of it moves there, under the
+/// same ids, and outlives the agent.
+#[test]
+fn a_disk_that_returns_takes_what_memory_held() {
+    let server = ScriptedServer::start();
+    let mut agent = Agent::prepare(&server);
+    let blocked = agent.path("store");
+    std::fs::write(&blocked, b"not a directory").expect("writable");
+    let path = blocked.join("outbox").display().to_string();
+    agent.set("HOSTLINK_LOCAL_STORE_PATH", &path);
+    agent.set("HOSTLINK_TASK_CONCURRENCY", "2");
+    agent.start_again();
+    let hello = server.wait_hello(1);
+    server.check(hello.spool_status.volatile, &format!("{hello:?}"));
+    server.acknowledge_nothing();
+    let ended = Task::new("ended", "echo kept");
+    server.deliver(&ended);
+    let first = server.wait_final(&ended);
+    let held = agent.hold("held");
+    let running = Task::new("running", format!("echo before; {held}; echo after"));
+    server.deliver(&running);
+    server.wait_until("its first line", |log| {
+        log.stdout(&running.ids) == "before\n"
+    });
+    std::fs::remove_file(&blocked).expect("there");
+    let moved = hostlink_edge::limits::STORE_REOPEN_INTERVAL + DEADLINE;
+    let hello = server.wait_at_most(moved, "a hello of the disk", |log| log.hello(2).cloned());
+    server.check(!hello.spool_status.volatile, &format!("{hello:?}"));
+    let told: Vec<_> = hello.unacked_finals.iter().map(|f| &f.message_id).collect();
+    server.check_eq(told, vec![&first.message_id], "finals in the hello");
+    agent.release("held");
+    let end = server.wait_final(&running);
+    server.check_eq(end.result().map(|r| r.exit_code), Some(0), "exit code");
+    agent.kill();
+    server.acknowledge_everything();
+    let mark = server.mark();
+    agent.start_again();
+    server.wait_until("all of it again, under the same ids", |log| {
+        let again = |id: &str| log.frames_after(mark).any(|frame| frame.message_id == id);
+        let chunks = log.chunks(&running.ids, Stream::Stdout);
+        again(&first.message_id)
+            && again(&end.message_id)
+            && chunks.iter().all(|chunk| again(&chunk.message_id))
+    });
+    server.check_eq(
+        server.look(|log| log.stdout(&running.ids)),
+        "before\nafter\n".into(),
+        "output",
     );
 }

@@ -27,6 +27,8 @@ impl Tester {
             );
             for message in &batch.messages {
                 let number = number_of(&message.ids);
+                let born = self.known[&number].born.unwrap_or(self.store);
+                assert_eq!(message.store, born, "the ids of {number} have changed");
                 match &message.body {
                     Body::Output {
                         stream,
