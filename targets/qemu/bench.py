@@ -96,10 +96,21 @@ def _data_partition(work: str) -> bytes:
 
 
 def _certificate(work: str) -> tuple[str, str]:
-    """Self-signed, valid from now on until after 2038, for the address under which the guest sees the host."""
+    """Self-signed, for the address under which the guest sees the host. Valid from before any build of
+    the agent, since a build's time is what the guest's clock starts with, until after 2038.
+    """
     certificate, key = os.path.join(work, "cert.pem"), os.path.join(work, "key.pem")
-    _run([
-        "openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "7300", "-subj", "/CN=gateway",
-        "-addext", "subjectAltName=IP:10.0.2.2,IP:127.0.0.1", "-keyout", key, "-out", certificate,
-    ], stderr=subprocess.DEVNULL)
+    request, settings = os.path.join(work, "request.pem"), os.path.join(work, "ca.cnf")
+    _run(["openssl", "req", "-new", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=gateway", "-keyout", key, "-out", request],
+         stderr=subprocess.DEVNULL)
+    with open(settings, "w") as file:
+        file.write(
+            f"[ca]\ndefault_ca=own\n[own]\ndatabase={work}/index\nserial={work}/serial\nnew_certs_dir={work}\n"
+            "default_md=sha256\npolicy=any\nx509_extensions=names\n[any]\ncommonName=supplied\n"
+            "[names]\nsubjectAltName=IP:10.0.2.2,IP:127.0.0.1\nbasicConstraints=CA:true\n"
+        )
+    open(os.path.join(work, "index"), "w").close()
+    _run(["openssl", "ca", "-batch", "-selfsign", "-rand_serial", "-notext", "-config", settings, "-keyfile", key,
+          "-in", request, "-out", certificate, "-startdate", "20261101000000Z", "-enddate", "20461101000000Z"],
+         stderr=subprocess.DEVNULL)
     return certificate, key

@@ -13,19 +13,15 @@ MEMORY_MIB = 64
 
 class Device:
     """One power-on. `image` is the folder that image.sh made; `disk` is a Disk. Without a Cable the
-    network is perfect; `clock` is what the device's clock starts with (Unix time) instead of 1970.
+    network is perfect.
     """
 
-    def __init__(
-        self, image: str, disk, url: str, work: str, settings: dict[str, str] = {}, cable=None, clock: int | None = None
-    ):
+    def __init__(self, image: str, disk, url: str, work: str, settings: dict[str, str] = {}, cable=None):
         self.started = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         self._arrived = threading.Condition()
         self._qmp_path = os.path.join(work, "qmp")
         words = [f"hostlink.set.{key}={value}" for key, value in settings.items()]
-        if clock is not None:
-            words.append(f"hostlink.clock={clock}")
         # The kernel's self-tests of its ciphers take two seconds under emulation.
         append = ["console=ttyAMA0", "quiet", "cryptomgr.notests", "panic=-1", f"hostlink.url={url}", *words]
         command = [
