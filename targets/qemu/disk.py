@@ -79,7 +79,7 @@ class Disk:
             self._flushes_until_failure = 0
             self.failed.clear()
             sectors = list(self.volatile.items())
-            manner = chance.choice(["none", "all", "first", "any", "any", "most"])
+            manner = chance.choice(["none", "none", "first", "any", "any", "most", "all"])
             if manner == "none":
                 kept = []
             elif manner == "all":

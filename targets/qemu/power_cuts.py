@@ -170,7 +170,7 @@ class Campaign:
 
     def wait_for_cut(self, chance: random.Random, seconds: float, flushes: int) -> str:
         """Until then, or until one of the next flushes, `flushes` on average."""
-        number = 0 if chance.random() < 0.25 else 1 + int(chance.expovariate(1 / flushes))
+        number = 0 if chance.random() < 0.15 else 1 + int(chance.expovariate(1 / flushes))
         self.bench.disk.fail_at_flush(number)
         # A guest that flushes no more is cut nevertheless.
         if self.bench.disk.failed.wait(seconds if not number else 5.0 + self.boot_seconds):
