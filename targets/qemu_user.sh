@@ -41,4 +41,4 @@ if [ $# -eq 0 ]; then
         reconnect_replays_same_messages registration restart_in_each_state runs_once \
         sigterm_stops_cleanly task_surroundings tls_private_ca volatile_store window
 fi
-HOSTLINK_TEST_BINARY=$binary cargo test --test behaviour -- "$@"
+HOSTLINK_TEST_SLOWDOWN=5 HOSTLINK_TEST_BINARY=$binary cargo test --test behaviour -- "$@"

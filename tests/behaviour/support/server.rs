@@ -21,7 +21,18 @@ use super::rules::Ledger;
 use super::{Task, lock};
 
 /// The most that a test waits for one event: generous, since it is spent only on failure.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub fn deadline() -> Duration {
+    Duration::from_secs(30) * slowdown()
+}
+
+/// By how much the agent under test may be slower than one for this machine's processor
+/// (`HOSTLINK_TEST_SLOWDOWN`).
+pub fn slowdown() -> u32 {
+    let given = std::env::var("HOSTLINK_TEST_SLOWDOWN").ok();
+    given.map_or(1, |text| {
+        text.parse().expect("HOSTLINK_TEST_SLOWDOWN is a number")
+    })
+}
 
 pub const AGENT_ID: &str = "agent-under-test";
 pub const TOKEN_ID: &str = "token-id-of-the-tests";
@@ -201,10 +212,10 @@ impl ScriptedServer {
 
     // ---- waiting and looking -------------------------------------------------------------------
 
-    /// Waits until `question` has an answer. Fails, with the timeline, after [`DEADLINE`] and on
+    /// Waits until `question` has an answer. Fails, with the timeline, after [`deadline`] and on
     /// any breach of the protocol.
     pub fn wait_for<T>(&self, what: &str, question: impl FnMut(&Log) -> Option<T>) -> T {
-        self.wait_at_most(DEADLINE, what, question)
+        self.wait_at_most(deadline(), what, question)
     }
 
     pub fn wait_until(&self, what: &str, mut question: impl FnMut(&Log) -> bool) {
