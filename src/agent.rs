@@ -11,10 +11,12 @@
 //! - [`status`], [`lock`]: what an operator asks, and one agent per state directory.
 //! - [`notify`]: what the service manager is told.
 //! - [`clock_floor`]: a clock that starts in 1970.
+//! - [`clock`], [`outside`]: time and the world, which a simulation replaces.
 //!
 //! One thread runs everything asynchronous. Tasks talk to the driver through one bounded channel
 //! of [`driver::Input`]s; nothing else is shared but the store's handle and a few cells.
 
+mod clock;
 mod clock_floor;
 mod connection;
 mod driver;
@@ -22,14 +24,17 @@ mod effects;
 mod frames;
 pub mod lock;
 mod notify;
+mod outside;
 mod report;
+#[cfg(test)]
+mod simulation;
 mod startup;
 pub mod status;
 mod task;
 mod task_host;
 
 use std::cell::Cell;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
@@ -47,7 +52,9 @@ pub use crate::executor::setup::{COMMAND as TASK_HELPER, run as exec_task};
 struct Context {
     config: Config,
     agent_id: String,
-    executor: Rc<LocalExecutor<'static>>,
+    /// Weak, since the tasks that it holds have this.
+    executor: Weak<LocalExecutor<'static>>,
+    clock: clock::Clock,
     outbox: outbox::Handle,
     /// Whose processes run.
     host: Rc<Host>,
@@ -62,12 +69,23 @@ struct Context {
     clock_floor: Rc<clock_floor::ClockFloor>,
     /// The agent has been told to stop.
     stopping: Cell<bool>,
+    /// What stands in the place of the world in a simulation.
+    #[cfg(test)]
+    simulated: Option<Rc<simulation::Outside>>,
 }
 
 impl Context {
     /// Runs a task that answers with inputs.
     fn spawn(&self, future: impl Future<Output = ()> + 'static) {
-        self.executor.spawn(future).detach();
+        self.start(future).detach();
+    }
+
+    /// As [`Context::spawn`]; the task ends when what comes back is dropped.
+    fn start(&self, future: impl Future<Output = ()> + 'static) -> smol::Task<()> {
+        let executor = self.executor.upgrade();
+        executor
+            .expect("whoever calls this runs on the executor")
+            .spawn(future)
     }
 
     /// Hands an input to the driver; waits while it has many to do.

@@ -6,7 +6,9 @@ use std::rc::Rc;
 use async_channel::{Receiver, Sender};
 use futures_lite::future;
 
+use super::clock::Clock;
 use super::driver::{self, Input};
+use super::outside::FrameReader;
 use super::{Context, frames};
 use crate::limits::{
     BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE, LARGE_FRAME_BYTES,
@@ -36,9 +38,7 @@ impl Connection {
     pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
         let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
         let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER);
-        let task = context
-            .executor
-            .spawn(run(context.clone(), id, control_lane, to_send));
+        let task = context.start(run(context.clone(), id, control_lane, to_send));
         Connection {
             id,
             control,
@@ -48,10 +48,10 @@ impl Connection {
     }
 
     /// Says goodbye, if the socket takes it soon, and ends.
-    pub async fn close(self) {
+    pub async fn close(self, clock: &Clock) {
         let _ = self.control.try_send(Control::Close);
         let patience = async {
-            smol::Timer::after(GOODBYE_PATIENCE).await;
+            clock.sleep(GOODBYE_PATIENCE).await;
         };
         future::or(self.task, patience).await;
     }
@@ -63,24 +63,47 @@ async fn run(
     control: Receiver<Control>,
     batches: Receiver<OutBatch>,
 ) {
-    let dialled = net::connect_websocket(&context.dialer, &context.websocket, &context.signer);
-    let (writer, reader) = match dialled.await {
-        Ok(connected) => connected,
-        Err(error) => {
-            context.tell(Input::DialFailed(id, error)).await;
-            return;
+    #[cfg(test)]
+    if let Some(outside) = context.simulated.clone() {
+        match outside.connect().await {
+            Ok(line) => {
+                let write = line.writer();
+                let write = |data, _spent| write.run(control, data);
+                converse(&context, id, line, batches, write).await;
+            }
+            Err(error) => context.tell(Input::DialFailed(id, error)).await,
         }
-    };
+        return;
+    }
+    let dialled = net::connect_websocket(&context.dialer, &context.websocket, &context.signer);
+    match dialled.await {
+        Ok((writer, reader)) => {
+            let write = |data, spent| net::write_loop(writer, control, data, spent);
+            converse(&context, id, reader, batches, write).await;
+        }
+        Err(error) => context.tell(Input::DialFailed(id, error)).await,
+    }
+}
+
+/// Reads and writes until one of them ends. `write` gets the lane of encoded frames, and where to
+/// put those that are written.
+async fn converse<W: Future<Output = String>>(
+    context: &Rc<Context>,
+    id: u64,
+    reader: impl FrameReader,
+    batches: Receiver<OutBatch>,
+    write: impl FnOnce(Receiver<Vec<u8>>, Sender<Vec<u8>>) -> W,
+) {
     context.tell(Input::Connected(id)).await;
     let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
     // Those in the lane, one being written and one being filled.
     let (spent, spare) = async_channel::bounded(DATA_LANE_FRAMES + 2);
     let goodbye = Cell::new(None);
     let why = future::or(
-        net::write_loop(writer, control, data_lane, spent),
+        write(data_lane, spent),
         future::or(
-            read_loop(&context, id, reader, &goodbye),
-            send_batches(&context, id, batches, data, spare),
+            read_loop(context, id, reader, &goodbye),
+            send_batches(context, id, batches, data, spare),
         ),
     )
     .await;
@@ -92,7 +115,7 @@ async fn run(
 async fn read_loop(
     context: &Rc<Context>,
     id: u64,
-    mut reader: net::WsReader,
+    mut reader: impl FrameReader,
     goodbye: &Cell<Option<String>>,
 ) -> String {
     loop {
@@ -111,7 +134,7 @@ async fn read_loop(
             Err(why) if reader.says_goodbye() => {
                 // The server is told why. One that does not read is not waited for.
                 goodbye.set(Some(why));
-                smol::Timer::after(GOODBYE_PATIENCE).await;
+                context.clock.sleep(GOODBYE_PATIENCE).await;
                 return String::new();
             }
             Err(why) => return why,

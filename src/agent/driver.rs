@@ -9,12 +9,11 @@ use async_channel::{Receiver, Sender, TrySendError};
 use async_tungstenite::tungstenite::Utf8Bytes;
 use futures_lite::{FutureExt, future};
 use log::{debug, info, warn};
-use smol::Timer;
 
 use super::connection::{Connection, OutBatch};
 use super::effects::{self, RunningStops};
 use super::status::Status;
-use super::{Context, boot_time, frames};
+use super::{Context, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
 use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
@@ -39,13 +38,14 @@ pub enum Input {
     /// A batch has been handed to the socket; its buffers come back.
     Transmitted(u64, outbox::Batch),
     Batch(Box<outbox::Batch>),
-    Located(AttemptKey, Stream, Option<Cursor>),
+    /// The place of the first chunk held of a stream from a sequence on.
+    Located(AttemptKey, Stream, u64, Option<Cursor>),
     Offered(Box<TaskOffer>),
     Recorded(QueuedTask, Recorded, Origin),
     /// Everything that was told before has been dealt with.
     Passed(Sender<()>),
-    /// Something was dropped from the store.
-    Settled,
+    /// Something was dropped from the store, or could not be.
+    Settled(bool),
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
@@ -120,7 +120,7 @@ impl Driver {
     }
 
     fn now(&self) -> Now {
-        boot_time().saturating_sub(self.begun)
+        self.context.clock.now().saturating_sub(self.begun)
     }
 
     /// Runs until an orderly stop is complete.
@@ -131,6 +131,10 @@ impl Driver {
             let now = self.now();
             while let Some(effect) = self.session.next_effect(now) {
                 self.carry_out(effect).await;
+            }
+            #[cfg(test)]
+            if let Some(outside) = &self.context.simulated {
+                outside.look_at(&self.session, now);
             }
             let active = self.session.link_state() == LinkState::Active;
             if self.context.watched.replace(active) != active {
@@ -150,7 +154,7 @@ impl Driver {
             future::yield_now().await;
         }
         if let Some(connection) = self.connection.take() {
-            connection.close().await;
+            connection.close(&self.context.clock).await;
         }
     }
 
@@ -186,7 +190,7 @@ impl Driver {
         };
         let timer = async {
             match deadline {
-                Some(at) => Timer::after(at.saturating_sub(now)).await,
+                Some(at) => self.context.clock.sleep(at.saturating_sub(now)).await,
                 None => future::pending().await,
             };
             Woken::Deadline
@@ -232,14 +236,16 @@ impl Driver {
             | Input::Disconnected(..)
             | Input::Snapshot(..) => {}
             Input::Batch(batch) => self.take_batch(*batch, now),
-            Input::Located(key, stream, at) => self.session.located(key, stream, at, now),
+            Input::Located(key, stream, from, at) => {
+                self.session.located(key, stream, from, at, now);
+            }
             Input::Offered(offer) => self.session.offered(*offer, false, now),
             Input::Recorded(task, outcome, origin) => {
                 self.session.recorded(task, outcome, origin, now);
             }
             // Whoever waits may be gone already.
             Input::Passed(tell) => drop(tell.try_send(())),
-            Input::Settled => self.session.settled(),
+            Input::Settled(is_dropped) => self.session.settled(is_dropped),
             Input::TaskStarted(key) => self.session.task_started(key, now),
             Input::TaskEnded(key) => {
                 self.running.remove(&key);

@@ -13,7 +13,7 @@ use super::driver::{Driver, Input};
 use super::{Context, connection::Connection, frames, report, task};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids};
-use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX};
+use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX, STORE_RETRY_DELAY};
 use crate::net::{Control, NetError};
 use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception, Submitted};
 use crate::session::reports::WaitingFinal;
@@ -33,7 +33,8 @@ impl Driver {
             }
             Effect::Close => {
                 if let Some(connection) = self.connection.take() {
-                    context.spawn(connection.close());
+                    let closing = context.clone();
+                    context.spawn(async move { connection.close(&closing.clock).await });
                 }
             }
             Effect::Ping => self.send(Control::Ping),
@@ -78,7 +79,7 @@ impl Driver {
             }
             Effect::Locate { key, stream, from } => context.clone().spawn(async move {
                 let at = context.outbox.rewind(key, stream, from).await;
-                context.tell(Input::Located(key, stream, at)).await;
+                context.tell(Input::Located(key, stream, from, at)).await;
             }),
             Effect::Acknowledge(acks) => {
                 let acks = acks.iter().map(|&ack| stored_ack(ack)).collect();
@@ -88,25 +89,26 @@ impl Driver {
                 let piece = match piece {
                     Piece::Output(stream, sequence) => outbox::Piece::Output { stream, sequence },
                     Piece::Final => outbox::Piece::Final,
-                    Piece::Received | Piece::Started => return context.tell(Input::Settled).await,
+                    Piece::Received | Piece::Started => {
+                        return context.tell(Input::Settled(true)).await;
+                    }
                 };
-                told(
-                    "remove a refused message",
-                    context.outbox.reject(key, piece).await,
-                );
-                context.tell(Input::Settled).await;
+                let rejected = context.outbox.reject(key, piece).await;
+                settle(&context, "remove a refused message", rejected).await;
             }),
             Effect::GiveUpStream { key, stream } => context.clone().spawn(async move {
                 let given_up = context.outbox.give_up_stream(key, stream).await;
-                told("give up a stream", given_up);
-                context.tell(Input::Settled).await;
+                settle(&context, "give up a stream", given_up).await;
             }),
             Effect::Discard(key) => context.clone().spawn(async move {
-                told("discard an attempt", context.outbox.discard(key).await);
-                context.tell(Input::Settled).await;
+                let discarded = context.outbox.discard(key).await;
+                settle(&context, "discard an attempt", discarded).await;
             }),
             Effect::DropFinal(key) => context.clone().spawn(async move {
-                told("drop a final", context.outbox.drop_final(key).await);
+                report::until_stored(&context, "the end of a final that has no other way", || {
+                    context.outbox.drop_final(key)
+                })
+                .await;
             }),
             Effect::Record { offer, origin } => {
                 // The session bounds them; only at the end is nobody there.
@@ -141,12 +143,12 @@ impl Driver {
                 context.tell(Input::Reported(ids, result)).await;
             }),
             Effect::Poll => context.clone().spawn(async move {
-                let answer = context.api.poll().await;
+                let answer = context.poll().await;
                 let failed = offer(&context, "polling for tasks", answer).await;
                 context.tell(Input::Polled(failed)).await;
             }),
             Effect::Heartbeat => context.clone().spawn(async move {
-                let answer = context.api.heartbeat().await;
+                let answer = context.heartbeat().await;
                 let failed = offer(&context, "heartbeat", answer).await;
                 context.tell(Input::HeartbeatDone(failed)).await;
             }),
@@ -205,11 +207,15 @@ fn stored_ack(ack: Ack) -> outbox::Ack {
     }
 }
 
-/// These cost a repeat at worst, since the server will say the same again.
-fn told(what: &str, result: Result<(), outbox::StoreError>) {
+/// Tells the session whether something was dropped. After a failure it is sent once more, but not
+/// without pause: the disk may go on failing, and the server saying the same.
+async fn settle(context: &Rc<Context>, what: &str, result: Result<(), outbox::StoreError>) {
+    let is_dropped = result.is_ok();
     if let Err(error) = result {
         warn!("cannot {what}: {error}");
+        context.clock.sleep(STORE_RETRY_DELAY).await;
     }
+    context.tell(Input::Settled(is_dropped)).await;
 }
 
 /// Hands the tasks of a poll or heartbeat to the driver. Returns the failure, if there is one.

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::rc::Rc;
 
 use log::{info, warn};
-use smol::Timer;
 
 use super::Context;
 use crate::ids::{AttemptKey, FinalStatus, Ids};
@@ -35,12 +34,23 @@ pub async fn report_stored(context: &Rc<Context>, ids: &Ids) -> ReportResult {
 
 /// Records a successful report, again and again until the disk takes it.
 pub async fn record_reported(context: &Rc<Context>, key: AttemptKey) {
+    until_stored(context, "a successful report", || {
+        context.outbox.reported(key)
+    })
+    .await;
+}
+
+/// Asks the store again and again.
+pub async fn until_stored<F>(context: &Rc<Context>, what: &str, store: impl Fn() -> F)
+where
+    F: Future<Output = Result<(), StoreError>>,
+{
     loop {
-        match context.outbox.reported(key).await {
+        match store().await {
             Ok(()) | Err(StoreError::Closed | StoreError::Unknown) => return,
             Err(error) => {
-                warn!("a successful report is not recorded yet: {error}");
-                Timer::after(STORE_RETRY_DELAY * 10).await;
+                warn!("{what} is not recorded yet: {error}");
+                context.clock.sleep(STORE_RETRY_DELAY * 10).await;
             }
         }
     }
@@ -64,7 +74,7 @@ pub async fn send(context: &Rc<Context>, ids: &Ids, fin: &Final) -> ReportResult
             ),
             exit_code: fin.exit_code,
         };
-        match context.api.report(&ids.task, &report).await {
+        match context.send_report(&ids.task, &report).await {
             ReportOutcome::Done => return ReportResult::Done,
             ReportOutcome::Refused { why, .. } => return ReportResult::Refused { why },
             ReportOutcome::Retry { after, why } => return ReportResult::Retry { after, why },

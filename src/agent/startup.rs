@@ -10,6 +10,7 @@ use futures_lite::{FutureExt, StreamExt};
 use log::{error, info, warn};
 use smol::{LocalExecutor, Timer};
 
+use super::clock::Clock;
 use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
@@ -259,7 +260,8 @@ impl Parts {
             api,
             agent_id: signer.agent_id().to_owned(),
             config: self.config,
-            executor: self.executor,
+            executor: Rc::downgrade(&self.executor),
+            clock: Clock::Boot,
             outbox: self.store,
             host: self.host,
             dialer,
@@ -270,6 +272,8 @@ impl Parts {
             notifier: self.notifier,
             clock_floor: self.clock_floor,
             stopping: Cell::new(false),
+            #[cfg(test)]
+            simulated: None,
         })
     }
 

@@ -3,16 +3,15 @@
 use std::cell::Cell;
 use std::fmt;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_channel::Receiver;
 use futures_lite::future;
 use log::{error, info, warn};
-use smol::Timer;
 
 use super::driver::Input;
 use super::{Context, report};
-use crate::executor::{self, Cause, Controls, Ended, Flush, OutputStore, Spec, Stop, Usage};
+use crate::executor::{Cause, Controls, Ended, Flush, OutputStore, Spec, Stop, Usage};
 use crate::ids::{self, AttemptKey, FinalStatus, Ids, Stream};
 use crate::limits::{ChunkBatch, KIB, RETRY_AFTER_MAX, STORE_GIVE_UP, STORE_RETRY_DELAY};
 use crate::outbox::{Final, Phase, Start, StoreError};
@@ -77,7 +76,7 @@ async fn may_start(context: &Rc<Context>, ids: &Ids, stop: &Receiver<Stop>) -> M
                 }
                 let stopped = async { stop.recv().await.ok() };
                 let retry = async {
-                    Timer::after(STORE_RETRY_DELAY).await;
+                    context.clock.sleep(STORE_RETRY_DELAY).await;
                     None
                 };
                 if let Some(stop) = future::or(stopped, retry).await {
@@ -135,7 +134,9 @@ async fn execute(
             context.tell(Input::TaskStarted(key)).await;
         });
     };
-    let ended = executor::run(spec, &store, controls, on_started).await;
+    let ended = context
+        .run_process(spec, &store, controls, on_started)
+        .await;
     let seconds = ended.wall.as_secs_f32();
     let used = Used(ended.usage);
     match ended.reason() {
@@ -253,7 +254,7 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
     let key = ids.key();
     let mut reported = false;
     // When it may be reported, `None` once the server has refused that for ever.
-    let mut report_at = Some(Instant::now());
+    let mut report_at = Some(context.clock.now());
     let mut delay = STORE_RETRY_DELAY;
     loop {
         let stored = if reported {
@@ -268,7 +269,7 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
             Err((_, StoreError::Unknown | StoreError::Closed)) => return,
             Err((refused, error)) => {
                 fin = refused;
-                if !reported && report_at.is_some_and(|at| at <= Instant::now()) {
+                if !reported && report_at.is_some_and(|at| at <= context.clock.now()) {
                     warn!("task {ids}: its final cannot be stored, reporting it at once: {error}");
                     match report::send(context, ids, &fin).await {
                         ReportResult::Done => reported = true,
@@ -280,14 +281,14 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
                         }
                         ReportResult::Retry { after, .. } => {
                             let after = after.unwrap_or_default().min(RETRY_AFTER_MAX);
-                            report_at = Some(Instant::now() + after);
+                            report_at = Some(context.clock.now() + after);
                         }
                         ReportResult::Gone => {}
                     }
                 }
             }
         }
-        Timer::after(delay).await;
+        context.clock.sleep(delay).await;
         delay = (delay * 2).min(STORE_GIVE_UP);
     }
     if reported {

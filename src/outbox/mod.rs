@@ -55,6 +55,8 @@ mod segment;
 #[cfg(test)]
 mod sim;
 #[cfg(test)]
+pub mod simulated;
+#[cfg(test)]
 mod sizes;
 mod space;
 #[cfg(test)]

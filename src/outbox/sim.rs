@@ -16,6 +16,10 @@ use super::segment::HEADER_BYTES;
 use crate::ids::AttemptKey;
 use crate::limits::SECTOR_BYTES;
 
+/// The first byte of a mark, and the length of one.
+pub const MARK_START: u8 = b'~';
+pub const MARK_BYTES: usize = 9;
+
 /// What the page cache writes back at once.
 const PAGE_BYTES: usize = 4096;
 
@@ -107,9 +111,29 @@ struct FileState {
     written: Vec<u8>,
     durable: Vec<u8>,
     unsynced: Vec<(usize, Vec<u8>)>,
+    /// Marks of content that is durable ([`SimDisk::holds_mark`]).
+    marks: BTreeSet<[u8; MARK_BYTES]>,
 }
 
 impl FileState {
+    /// Looks for marks in what has become durable.
+    fn find_marks(&mut self, bytes: &[u8]) {
+        const LOOK_BYTES: usize = 64;
+        for (number, part) in bytes.chunks(LOOK_BYTES).enumerate() {
+            // Much quicker than a look at each byte.
+            if !part.contains(&MARK_START) {
+                continue;
+            }
+            for (at, byte) in part.iter().enumerate() {
+                if *byte == MARK_START
+                    && let Some(mark) = bytes[number * LOOK_BYTES + at..].first_chunk()
+                {
+                    self.marks.insert(*mark);
+                }
+            }
+        }
+    }
+
     /// Writes back some of the pages that were written and not synced.
     fn keep_pages(&mut self, pick: &mut impl FnMut() -> bool) {
         let mut pages = BTreeSet::new();
@@ -139,6 +163,7 @@ struct World {
     fault: Option<(u64, Fault)>,
     bad_file: Option<usize>,
     early_units: u64,
+    looks_for_marks: bool,
 }
 
 impl World {
@@ -188,6 +213,30 @@ impl SimDisk {
         self.world().fault.is_some()
     }
 
+    /// From now on it is remembered which marks have become durable: [`MARK_START`] and the bytes
+    /// behind it, which content may hold.
+    pub fn look_for_marks(&self) {
+        self.world().looks_for_marks = true;
+    }
+
+    /// Whether content with this mark would be there after a power cut.
+    pub fn holds_mark(&self, mark: &[u8; MARK_BYTES]) -> bool {
+        let world = self.world();
+        let mut files = world.durable_dir.values();
+        files.any(|file| world.files[*file].marks.contains(mark))
+    }
+
+    /// A file that could not be synced can be again: the block was replaced.
+    pub fn replace_bad_block(&self) {
+        self.world().bad_file = None;
+    }
+
+    /// Whether the power has gone.
+    pub fn is_crashed(&self) -> bool {
+        let world = self.world();
+        matches!(world.fault, Some((at, Fault::Crash)) if world.calls > at)
+    }
+
     pub fn clear_fault(&self) {
         self.world().fault = None;
     }
@@ -204,6 +253,7 @@ impl SimDisk {
             Keep::Everything | Keep::FirstHalf | Keep::LastHalf => true,
             Keep::Some(_) | Keep::Pages(_) => random.below(2) == 0,
         };
+        let looks_for_marks = world.looks_for_marks;
         let mut dir = world.durable_dir.clone();
         for (name, file) in &world.dir {
             if world.durable_dir.get(name) != Some(file) && pick() {
@@ -233,6 +283,12 @@ impl SimDisk {
                 }
             }
             file.written = file.durable.clone();
+            if looks_for_marks {
+                let durable = std::mem::take(&mut file.durable);
+                file.marks.clear();
+                file.find_marks(&durable);
+                file.durable = durable;
+            }
         }
         world.durable_dir = dir.clone();
         world.dir = dir;
@@ -267,7 +323,7 @@ impl SimDisk {
         world.files[file] = FileState {
             written: bytes.clone(),
             durable: bytes,
-            unsynced: Vec::new(),
+            ..FileState::default()
         };
     }
 
@@ -299,6 +355,7 @@ impl SimDisk {
             fault: None,
             bad_file: world.bad_file,
             early_units: world.early_units,
+            looks_for_marks: world.looks_for_marks,
         })))
     }
 }
@@ -327,8 +384,8 @@ impl Disk for SimDisk {
         let zeros = vec![0; len as usize];
         world.files.push(FileState {
             written: zeros.clone(),
-            durable: Vec::new(),
             unsynced: vec![(0, zeros)],
+            ..FileState::default()
         });
         world.dir.insert(name.to_owned(), number);
         Ok(Box::new(SimFile(self.clone(), number)))
@@ -420,9 +477,13 @@ impl DiskFile for SimFile {
         if world.bad_file == Some(self.1) {
             return Err(io::Error::other("simulated bad block"));
         }
+        let looks_for_marks = world.looks_for_marks;
         let file = &mut world.files[self.1];
         for (offset, bytes) in std::mem::take(&mut file.unsynced) {
             put(&mut file.durable, offset, &bytes);
+            if looks_for_marks {
+                file.find_marks(&bytes);
+            }
         }
         Ok(())
     }

@@ -21,6 +21,9 @@ pub(super) struct Storage {
     pub moved: bool,
 }
 
+/// Commands that are handled together.
+pub(super) type Batch = heapless::Vec<Command, STORAGE_QUEUE>;
+
 /// Why the store is in memory, and how it may leave it.
 pub(super) struct Volatile {
     /// `None`: it was chosen.
@@ -60,12 +63,17 @@ impl Storage {
 
     /// Handles a command and those that wait behind it, at most a queue's length, then commits.
     pub(super) fn turn(&mut self, first: Command) -> Option<Sender<()>> {
-        let mut closing = None;
         let waiting = std::iter::from_fn(|| self.commands.try_recv().ok());
-        let batch: heapless::Vec<Command, STORAGE_QUEUE> = std::iter::once(first)
+        let batch: Batch = std::iter::once(first)
             .chain(waiting)
             .take(STORAGE_QUEUE)
             .collect();
+        self.carry_out(batch)
+    }
+
+    /// Handles commands and commits what they have staged together.
+    pub fn carry_out(&mut self, batch: Batch) -> Option<Sender<()>> {
+        let mut closing = None;
         for command in batch {
             match command {
                 Command::Close(reply) => closing = Some(reply),
@@ -155,7 +163,7 @@ impl Storage {
         }
     }
 
-    fn close(&mut self) {
+    pub fn close(&mut self) {
         // The last chance of what is in memory alone.
         self.try_to_leave_memory();
         let mut counts = self.engine.counts();

@@ -1,0 +1,122 @@
+//! The whole agent under deterministic simulation: the real driver, session and outbox, with a
+//! virtual clock, a simulated disk, scripted tasks, and a network and a server that misbehave.
+//!
+//! - [`world`]: one history; [`toggles`]: what may happen in it; [`trouble`]: what goes wrong.
+//! - [`device`]: the agent's lives; [`outside`]: what it reaches of the world; [`time`]: its clock.
+//! - [`server`] and [`hello`]: the control plane; [`ledger`]: what has really happened; [`rules`]:
+//!   what must hold of every frame.
+//!
+//! In the end the network and the server are good, and everything must arrive. A seed repeats a
+//! history: `HOSTLINK_AGENT_SEED=n`; `HOSTLINK_AGENT_HISTORIES=n` runs so many, beginning with
+//! `HOSTLINK_AGENT_FIRST_SEED`. See `tests/simulator.md`.
+
+mod device;
+mod hello;
+mod ledger;
+mod outside;
+mod rules;
+mod server;
+mod time;
+mod toggles;
+mod trouble;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use self::world::World;
+
+pub use self::outside::Outside;
+pub use self::time::VirtualTime;
+
+const HISTORIES: u64 = 3_000;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Shows what happens, with the log of the agent.
+fn tell_all() {
+    struct Stdout;
+    impl log::Log for Stdout {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+        fn log(&self, record: &log::Record<'_>) {
+            println!("    {}: {}", record.level(), record.args());
+        }
+        fn flush(&self) {}
+    }
+    static LOGGER: Stdout = Stdout;
+    // Another test may have set one.
+    let _ = log::set_logger(&LOGGER);
+    log::set_max_level(log::LevelFilter::Debug);
+    TELLS.store(true, Ordering::Relaxed);
+}
+
+static TELLS: AtomicBool = AtomicBool::new(false);
+
+/// Prints what happens while one history is repeated.
+macro_rules! tell {
+    ($($arguments:tt)*) => {
+        if $crate::agent::simulation::TELLS.load(std::sync::atomic::Ordering::Relaxed) {
+            println!($($arguments)*);
+        }
+    };
+}
+use tell;
+
+/// Runs one history.
+fn history(seed: u64) -> u64 {
+    let mut world = World::new(seed);
+    world.run();
+    world.events.get()
+}
+
+#[test]
+fn whatever_happens_nothing_is_lost_or_run_twice() {
+    if let Some(seed) = number("HOSTLINK_AGENT_SEED") {
+        tell_all();
+        println!("{:#?}", World::new(seed).toggles);
+        history(seed);
+        return;
+    }
+    // With it the campaign goes on behind a failure.
+    let goes_on = number("HOSTLINK_AGENT_GO_ON").is_some();
+    let first = number("HOSTLINK_AGENT_FIRST_SEED").unwrap_or(0);
+    let count = number("HOSTLINK_AGENT_HISTORIES").unwrap_or(HISTORIES);
+    let next = AtomicU64::new(first);
+    let failures = AtomicU64::new(0);
+    let events = AtomicU64::new(0);
+    let begun = Instant::now();
+    let run = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= first + count || (!goes_on && failures.load(Ordering::Relaxed) > 0) {
+                return;
+            }
+            match catch_unwind(AssertUnwindSafe(|| history(seed))) {
+                Ok(happened) => {
+                    events.fetch_add(happened, Ordering::Relaxed);
+                }
+                Err(_) => {
+                    println!("HOSTLINK_AGENT_SEED={seed} repeats this failure");
+                    failures.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(run);
+        }
+    });
+    println!(
+        "{count} histories from seed {first}, {} events, {:.1} s",
+        events.load(Ordering::Relaxed),
+        begun.elapsed().as_secs_f64()
+    );
+    assert_eq!(failures.load(Ordering::Relaxed), 0, "histories have failed");
+}
