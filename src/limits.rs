@@ -133,6 +133,10 @@ pub const WINDOW_BYTES: usize = 256 * KIB;
 pub const WINDOW_STREAM_MESSAGES: usize = WINDOW_MESSAGES / 2;
 pub const WINDOW_STREAM_BYTES: usize = WINDOW_BYTES / 2;
 
+/// A chunk goes at most so far ahead of the first unacknowledged one of its stream: the outbox
+/// cannot note the acknowledgement of a single chunk that is further away.
+pub const ACK_SPAN: u64 = 64;
+
 /// A message without acknowledgement is sent again after this, once; then the session is closed.
 pub const ACK_TIMEOUT: Duration = Duration::from_secs(30);
 

@@ -10,9 +10,11 @@ use std::sync::Arc;
 use super::record::{Ending, Identity, LOST_RANGES_MAX, Mark, Record};
 use super::types::{Cursor, Phase};
 use crate::ids::{Id, Ids, Incarnation, Stream};
+use crate::limits::ACK_SPAN;
 
 /// Sequences above the watermark that can be acknowledged one by one.
-const BITS: u64 = 64;
+const BITS: u64 = ACK_SPAN;
+const _: () = assert!(BITS <= u64::BITS as u64);
 
 /// One stream of an open attempt.
 #[derive(Debug, Clone, Default)]

@@ -6,12 +6,11 @@ use std::sync::{Arc, OnceLock};
 use super::engine::Bounds;
 use super::handle::{Command, Handle, Incarnations};
 use super::recovery;
-use super::segment::INCARNATION_BYTES;
 use super::sim::SimIndex;
 pub use super::sim::{Fault, Keep, MARK_BYTES, SimDisk};
 use super::thread::{Batch, Storage};
 use super::types::*;
-use crate::ids::{AttemptKey, Stream};
+use crate::ids::{AttemptKey, Incarnation, Stream};
 use crate::limits::STORAGE_QUEUE;
 
 pub struct Store {
@@ -33,7 +32,7 @@ pub struct Turn {
 pub fn open(
     disk: &SimDisk,
     cap_bytes: u64,
-    incarnation: [u8; INCARNATION_BYTES],
+    incarnation: Incarnation,
     clock_ms: fn() -> u64,
 ) -> Option<(Handle, Store, Recovered)> {
     let bounds = Bounds {

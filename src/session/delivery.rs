@@ -6,6 +6,8 @@
 //!   the cursor back; what is still in flight is then passed over, so nothing live overtakes.
 //! - A chunk is not sent while an earlier chunk of its stream waits to be sent again, and a final
 //!   not while output of its attempt does.
+//! - A chunk that tells the server to accept a jump goes only when nothing of its stream is in
+//!   flight: the server might want some of that once more, and would jump over it, too.
 //! - A message leaves the window only by an acknowledgement, a refusal, or to be sent again.
 //!
 //! [`gaps`] answers gap errors, [`timers`] does what is due.
@@ -104,6 +106,9 @@ struct Lane<C> {
     flow: Flow<C>,
     gap: Option<GapRound>,
 }
+
+/// More than a stream may have in flight: it returns when nothing is.
+const WAIT_FOR_ALL: usize = WINDOW_STREAM_BYTES + 1;
 
 /// Why reading stopped before the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -237,8 +242,12 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         self.stale = self.reading;
     }
 
-    pub fn release(&mut self) {
+    /// It has been dropped; or not, and then it is met again.
+    pub fn release(&mut self, is_dropped: bool) {
         self.holds = self.holds.saturating_sub(1);
+        if !is_dropped {
+            self.rewind_to(C::default());
+        }
     }
 
     /// What to read next, if there is room and something to read. The answer must come back
@@ -354,21 +363,19 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             }
             Room::StreamFull => {
                 self.bulk = Some(id);
-                if self.may_park(id, now)
-                    && let Some(lane) = self.lane_mut(id)
-                {
-                    lane.flow = Flow::Parked(candidate.at);
-                    return Verdict::PassOver;
-                }
-                self.wait = Wait::Stream(id, candidate.bytes);
-                return Verdict::Stop;
+                return self.wait_for_stream(id, candidate.at, candidate.bytes, now);
             }
+        }
+        let truncated = candidate.after_hole || self.jumps(key, piece);
+        let waits_for_all = truncated || self.window.is_too_far_ahead(key, piece);
+        if waits_for_all && self.window.used_by(id).0 > 0 {
+            return self.wait_for_stream(id, candidate.at, WAIT_FOR_ALL, now);
         }
         if !self.follow(id, now) {
             self.wait = Wait::Window(candidate.bytes);
             return Verdict::Stop;
         }
-        let truncated = candidate.after_hole || self.jumps(key, piece);
+        self.met(key, piece);
         self.window.push(InFlight {
             key,
             piece,
@@ -378,6 +385,18 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             overtaken: false,
         });
         Verdict::Send { truncated }
+    }
+
+    /// Stops until the stream can take so many bytes; one that stands still is passed over.
+    fn wait_for_stream(&mut self, id: LaneId, at: C, bytes: usize, now: Now) -> Verdict {
+        if self.may_park(id, now)
+            && let Some(lane) = self.lane_mut(id)
+        {
+            lane.flow = Flow::Parked(at);
+            return Verdict::PassOver;
+        }
+        self.wait = Wait::Stream(id, bytes);
+        Verdict::Stop
     }
 
     /// Whether something before this message has to be sent first.
@@ -400,15 +419,20 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     }
 
     /// Whether the first chunk since an [`Delivery::expect`] is not the one expected.
-    fn jumps(&mut self, key: AttemptKey, piece: Piece) -> bool {
+    fn jumps(&self, key: AttemptKey, piece: Piece) -> bool {
         let Piece::Output(stream, sequence) = piece else {
             return false;
         };
-        let found = self
-            .expected
-            .iter()
-            .position(|&(of, on, _)| (of, on) == (key, stream));
-        found.is_some_and(|index| sequence > self.expected.swap_remove(index).2)
+        let mut expected = self.expected.iter();
+        expected.any(|&(of, on, next)| (of, on) == (key, stream) && sequence > next)
+    }
+
+    /// The first chunk since an [`Delivery::expect`] is on its way.
+    fn met(&mut self, key: AttemptKey, piece: Piece) {
+        if let Piece::Output(stream, _) = piece {
+            self.expected
+                .retain(|&(of, on, _)| (of, on) != (key, stream));
+        }
     }
 
     /// An acknowledgement: of this message, and of all output of its stream up to `through`.

@@ -139,15 +139,15 @@ fn written(world: &mut World) {
 }
 
 fn located(world: &mut World) {
-    if let Some((key, stream, at)) = world.located.pop_front() {
-        world.session.located(key, stream, at, world.now);
+    if let Some((key, stream, from, at)) = world.located.pop_front() {
+        world.session.located(key, stream, from, at, world.now);
     }
 }
 
 fn dropped(world: &mut World) {
     if let Some(what) = world.drops.pop_front() {
         world.drop_from_store(&what);
-        world.session.settled();
+        world.session.settled(true);
     }
 }
 

@@ -410,13 +410,14 @@ impl<C: Copy + Ord + Default> Session<C> {
     }
 
     /// Answer to [`Effect::Locate`].
-    pub fn located(&mut self, key: AttemptKey, stream: Stream, at: Option<C>, now: Now) {
-        self.delivery.located(key, stream, at, now);
+    pub fn located(&mut self, key: AttemptKey, stream: Stream, from: u64, at: Option<C>, now: Now) {
+        self.delivery.located(key, stream, from, at, now);
     }
 
-    /// Something has been dropped from the store, or that has failed.
-    pub fn settled(&mut self) {
-        self.delivery.release();
+    /// Something has been dropped from the store; or could not be, and then it is sent once more:
+    /// the server will say the same again.
+    pub fn settled(&mut self, is_dropped: bool) {
+        self.delivery.release(is_dropped);
     }
 
     /// A final was stored.

@@ -154,7 +154,7 @@ impl Bench {
                             if of == *key && on == *stream && sequence >= *from)
                             && !self.acked.contains(&(of, piece))
                     });
-                    self.session.located(*key, *stream, at, self.now);
+                    self.session.located(*key, *stream, *from, at, self.now);
                 }
                 Effect::Acknowledge(acks) => {
                     for ack in acks.iter() {
@@ -163,7 +163,7 @@ impl Bench {
                 }
                 Effect::Reject { key, piece } => {
                     self.acked.insert((*key, *piece));
-                    self.session.settled();
+                    self.session.settled(true);
                 }
                 Effect::GiveUpStream { key, stream } => {
                     self.holes.push((*key, *stream));
@@ -171,9 +171,9 @@ impl Bench {
                         of == key && matches!(piece, Piece::Output(on, _) if on == stream)
                     });
                     self.acked.extend(dropped);
-                    self.session.settled();
+                    self.session.settled(true);
                 }
-                Effect::Discard(_) => self.session.settled(),
+                Effect::Discard(_) => self.session.settled(true),
                 Effect::Poll => {
                     let failed = self.poll_fails.then_some(None);
                     self.session.polled(failed, self.now);

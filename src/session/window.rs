@@ -7,7 +7,9 @@ use std::collections::HashSet;
 use super::Now;
 use super::failures::LaneId;
 use crate::ids::{AttemptKey, Stream};
-use crate::limits::{WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_STREAM_BYTES, WINDOW_STREAM_MESSAGES};
+use crate::limits::{
+    ACK_SPAN, WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_STREAM_BYTES, WINDOW_STREAM_MESSAGES,
+};
 use crate::wire::Piece;
 
 /// One message on its way.
@@ -115,6 +117,18 @@ impl<C: Copy> Window<C> {
         let full = stream_messages >= WINDOW_STREAM_MESSAGES
             || (stream_messages > 0 && stream_bytes + bytes > WINDOW_STREAM_BYTES);
         if full { Room::StreamFull } else { Room::Yes }
+    }
+
+    /// Whether a chunk is so far ahead of the first one in flight of its stream that its own
+    /// acknowledgement could not be noted.
+    pub fn is_too_far_ahead(&self, key: AttemptKey, piece: Piece) -> bool {
+        let lane = lane_of(key, piece);
+        let mine = self.entries.iter().filter(|entry| entry.lane() == lane);
+        let first = mine.filter_map(InFlight::sequence).min();
+        match (piece, first) {
+            (Piece::Output(_, sequence), Some(first)) => sequence >= first.saturating_add(ACK_SPAN),
+            _ => false,
+        }
     }
 
     /// Adds a message for which there is [`Room::Yes`].

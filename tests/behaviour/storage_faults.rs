@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use hostlink_edge::ids::{FinalStatus, Stream};
 
 use crate::support::log::End;
-use crate::support::server::DEADLINE;
+use crate::support::server::deadline;
 use crate::support::{Agent, Answer, ScriptedServer, Task};
 
 const LINES: usize = 30;
@@ -163,7 +163,7 @@ fn an_unusable_command_never_counts_as_completed() {
 /// The end of a task of an agent that may end under it, and then is started again; and whether it
 /// was.
 fn wait_end_with_restart(server: &ScriptedServer, agent: &mut Agent, task: &Task) -> (End, bool) {
-    let deadline = Instant::now() + DEADLINE;
+    let deadline = Instant::now() + deadline();
     let mut restarted = false;
     loop {
         if let Some(end) = server.look(|log| log.end(&task.ids)) {

@@ -2,7 +2,7 @@
 
 use hostlink_edge::ids::Stream;
 
-use crate::support::server::DEADLINE;
+use crate::support::server::deadline;
 use crate::support::{Agent, Event, ScriptedServer, Task};
 
 #[test]
@@ -86,7 +86,7 @@ fn a_disk_that_returns_takes_what_memory_held() {
         log.stdout(&running.ids) == "before\n"
     });
     std::fs::remove_file(&blocked).expect("there");
-    let moved = hostlink_edge::limits::STORE_REOPEN_INTERVAL + DEADLINE;
+    let moved = hostlink_edge::limits::STORE_REOPEN_INTERVAL + deadline();
     let hello = server.wait_at_most(moved, "a hello of the disk", |log| log.hello(2).cloned());
     server.check(!hello.spool_status.volatile, &format!("{hello:?}"));
     let told: Vec<_> = hello.unacked_finals.iter().map(|f| &f.message_id).collect();

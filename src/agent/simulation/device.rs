@@ -20,6 +20,7 @@ use crate::agent::driver::{Driver, Input, queued_tasks};
 use crate::agent::notify::Notifier;
 use crate::config::{self, Config};
 use crate::executor::host::Host;
+use crate::ids::Incarnation;
 use crate::net;
 use crate::outbox::simulated::{self, Fault, Keep, SimDisk, Store};
 use crate::session::{Session, Settings};
@@ -153,8 +154,7 @@ impl Device {
         // A store that cannot be opened is another matter: the agent would run in memory.
         self.disk.clear_fault();
         self.disk.replace_bad_block();
-        let mut name = [0; 16];
-        name.copy_from_slice(INCARNATION.as_bytes());
+        let name = Incarnation::from_digits(INCARNATION.as_bytes()).expect("digits");
         let opened = simulated::open(&self.disk, self.cap_bytes, name, wall_ms);
         let (handle, store, recovered) = opened.expect("a good disk opens");
         {
@@ -198,7 +198,7 @@ impl Device {
             })
         });
         let begun = self.time.now();
-        let incarnation = context.outbox.incarnation().to_owned();
+        let incarnation = context.outbox.incarnation().to_string();
         let mut session = Box::new(Session::new(
             self.settings.clone(),
             incarnation,

@@ -101,8 +101,9 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         });
     }
 
-    /// Answer to [`Action::Locate`]: where to read the stream again, `None` if nothing is held.
-    pub fn located(&mut self, key: AttemptKey, stream: Stream, at: Option<C>, now: Now) {
+    /// Answer to [`Action::Locate`]: where to read the stream again, `None` if nothing is held. An
+    /// answer to a question that is no longer open changes nothing.
+    pub fn located(&mut self, key: AttemptKey, stream: Stream, from: u64, at: Option<C>, now: Now) {
         let id = LaneId {
             key,
             stream: Some(stream),
@@ -110,11 +111,19 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         let Some(lane) = self.lane_mut(id) else {
             return;
         };
-        lane.flow = Flow::Open;
+        if lane.flow != Flow::Rewinding {
+            return;
+        }
+        // Without a gap an acknowledgement has filled it meanwhile.
         if let Some(gap) = &mut lane.gap {
+            if gap.highest_accepted.saturating_add(1) != from {
+                return;
+            }
             gap.resent_at = now;
-            let next = gap.highest_accepted.saturating_add(1);
-            self.expect(key, stream, next);
+            lane.flow = Flow::Open;
+            self.expect(key, stream, from);
+        } else {
+            lane.flow = Flow::Open;
         }
         let back_to = [at, self.passed_over.take()].into_iter().flatten().min();
         if let Some(at) = back_to {

@@ -63,7 +63,7 @@ impl World {
             }
             Effect::Locate { key, stream, from } => {
                 let at = self.locate(key, stream, from);
-                self.located.push_back((key, stream, at));
+                self.located.push_back((key, stream, from, at));
             }
             Effect::Acknowledge(acks) => {
                 assert!(!acks.is_empty());

@@ -75,7 +75,7 @@ pub struct World {
     pub hellos: VecDeque<(u64, Hello, FirstHeld)>,
     pub batch: Option<Batch>,
     pub in_writer: VecDeque<u64>,
-    pub located: VecDeque<(AttemptKey, Stream, Option<usize>)>,
+    pub located: VecDeque<(AttemptKey, Stream, u64, Option<usize>)>,
     pub drops: VecDeque<Drop>,
     pub records: VecDeque<(Box<TaskOffer>, Origin)>,
     pub finals: Option<Vec<WaitingFinal>>,
