@@ -60,6 +60,55 @@ for licence in LICENSE-MIT LICENSE-APACHE; do
     grep -q "$licence;md5=$sum" "$recipe" || fail "the recipe has another sum of $licence"
 done
 
+say 'make files of OpenWrt and Buildroot, read with stubs for the build systems'
+stub=$work/stub
+mkdir -p "$stub/feeds/packages/lang/rust"
+touch "$stub/rules.mk" "$stub/package.mk"
+# What would be installed is printed, so that its paths can be looked at.
+cat >"$stub/feeds/packages/lang/rust/rust-package.mk" <<'EOF'
+define BuildPackage
+$(info $(PKG_VERSION) $(call Package/$(1)/install,ROOT))
+show: ;
+endef
+EOF
+shown=$(make -s -C "$files/openwrt/hostlink-edge" TOPDIR="$stub" INCLUDE_DIR="$stub" show | tr '\n' ' ')
+[ "${shown%% *}" = "$version" ] || fail "OpenWrt's version is ${shown%% *}, not $version"
+sources=$(printf '%s' "$shown" | tr -s '[:space:]' '\n' | grep -e '^\./files/' -e '/targets/')
+[ "$(printf '%s\n' "$sources" | wc -l)" -eq 2 ] || fail "OpenWrt installs $sources"
+for path in $sources; do
+    (cd "$files/openwrt/hostlink-edge" && [ -f "$path" ]) || fail "OpenWrt installs $path, which is not there"
+done
+cat >"$stub/buildroot.mk" <<'EOF'
+cargo-package =
+include $(BR2_EXTERNAL_HOSTLINK_PATH)/external.mk
+# The directory of the build, $(@D), is empty here.
+$(info $(HOSTLINK_EDGE_VERSION) $(HOSTLINK_EDGE_INSTALL_SETTINGS) $(HOSTLINK_EDGE_INSTALL_INIT_SYSV) $(HOSTLINK_EDGE_INSTALL_INIT_SYSTEMD))
+show: ;
+EOF
+shown=$(make -s -f "$stub/buildroot.mk" BR2_EXTERNAL_HOSTLINK_PATH="$files/buildroot" show | tr '\n' ' ')
+[ "${shown%% *}" = "$version" ] || fail "Buildroot's version is ${shown%% *}, not $version"
+sources=$(printf '%s' "$shown" | tr -s '[:space:]' '\n' | grep "^/targets/")
+[ "$(printf '%s\n' "$sources" | wc -l)" -eq 3 ] || fail "Buildroot installs $sources"
+for path in $sources; do
+    [ -f "$root$path" ] || fail "Buildroot installs $path, which is not there"
+done
+
+say 'cross.toml'
+python3 - "$root" <<'EOF' || fail 'cross.toml'
+import re, sys, tomllib
+
+root = sys.argv[1]
+with open(f"{root}/cross.toml", "rb") as file:
+    settings = tomllib.load(file)
+with open(f"{root}/targets/build.sh") as file:
+    known = set(re.findall(r"[a-z0-9_]+-unknown-linux-musl[a-z]*", file.read()))
+unknown = set(settings["target"]) - known
+assert not unknown, f"targets/build.sh does not know {unknown}"
+for part in [settings["build"], *settings["target"].values()]:
+    assert set(part) <= {"env", "pre-build"}, part
+    assert set(part.get("env", {})) <= {"passthrough", "volumes"}, part
+EOF
+
 say 'packages'
 arch=$(dpkg --print-architecture)
 export SOURCE_DATE_EPOCH=1795392000
