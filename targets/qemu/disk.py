@@ -15,6 +15,9 @@ import struct
 import threading
 
 SECTOR_BYTES = 512
+# ext4's superblock is two sectors long, and it does not mount with half of a new one (its checksum is
+# wrong): on a disk that tears it no file system of this kind survives, whatever an agent does.
+_SUPERBLOCK = (2, 3)
 
 _MAGIC = 0x4E42444D41474943
 _OPTION_MAGIC = 0x49484156454F5054
@@ -89,6 +92,9 @@ class Disk:
             else:
                 share = 0.9 if manner == "most" else chance.random()
                 kept = [each for each in sectors if chance.random() < share]
+            together = [each for each in sectors if each[0] in _SUPERBLOCK]
+            if 0 < sum(each in kept for each in together) < len(together):
+                kept = [each for each in kept if each not in together]
             for sector, data in kept:
                 start = sector * SECTOR_BYTES
                 self.durable[start : start + SECTOR_BYTES] = data
