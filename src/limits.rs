@@ -26,6 +26,10 @@ pub const CHUNK_BYTES_MAX: usize = 16 * KIB;
 /// several; when all wait, the pipe is not read and the child waits.
 pub const CHUNKS_WAITING_MAX: usize = 8;
 
+/// Buffers of one stream: those of a commit that is under way, as many that wait for the next one, so
+/// that it is as large, and the one that is being filled. They are made when they are needed.
+pub const CHUNK_BUFFERS_MAX: usize = 2 * CHUNKS_WAITING_MAX + 1;
+
 /// A buffer of one chunk of output, reused for the life of its stream.
 pub type ChunkBuffer = heapless::Vec<u8, CHUNK_BYTES_MAX>;
 pub type Chunk = Box<ChunkBuffer>;
@@ -354,7 +358,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //
 // Worst case of what the agent itself holds, in bytes, with the default settings:
 //
-//   executor   CONCURRENCY_MAX × 2 streams × (CHUNKS_WAITING_MAX + 1) × CHUNK_BYTES_MAX   1,152 KiB
+//   executor   CONCURRENCY_MAX × 2 streams × CHUNK_BUFFERS_MAX × CHUNK_BYTES_MAX          2,176 KiB
 //              CONCURRENCY_MAX × 2 tails × FINAL_OUTPUT_BYTES_DEFAULT                       512 KiB
 //              one look at PROCESSES_SEEN_MAX processes, while something is ended            640 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB

@@ -1,8 +1,8 @@
 //! One stream from its pipe to the store.
 //!
 //! Two loops share a fixed set of buffers: the reader fills one and cuts chunks, the storer commits
-//! those that wait, several at once. A buffer is either filling, waiting or free; when none is free
-//! the pipe is not read, and the child waits.
+//! those that wait, several at once. A buffer is either filling, waiting, in a commit or free; when
+//! none is free the pipe is not read, and the child waits.
 
 use std::cell::Cell;
 use std::io;
@@ -22,8 +22,8 @@ use super::utf8::complete_prefix;
 use super::{Flush, OutputStore};
 use crate::ids::Stream;
 use crate::limits::{
-    CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch, ChunkBuffer, FLUSH_INTERVAL_OFFLINE,
-    LEFTOVER_PIPE_BYTES, STORE_GIVE_UP, STORE_RETRY_DELAY,
+    CHUNK_BUFFERS_MAX, CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch, ChunkBuffer,
+    FLUSH_INTERVAL_OFFLINE, LEFTOVER_PIPE_BYTES, STORE_GIVE_UP, STORE_RETRY_DELAY,
 };
 
 /// What one stream needs to be captured.
@@ -57,7 +57,7 @@ impl Capture<'_> {
         // Together these hold every buffer, so sending never waits for long: the reader waits for
         // a free buffer, the storer for a full one.
         let (full, to_store) = async_channel::bounded(CHUNKS_WAITING_MAX);
-        let (free, to_fill) = async_channel::bounded(CHUNKS_WAITING_MAX + 1);
+        let (free, to_fill) = async_channel::bounded(CHUNK_BUFFERS_MAX);
         let (stream, ended_at) = (self.stream, self.ended_at);
         let reader = self.read(pipe, full, to_fill);
         let storer = store_chunks(stream, ended_at, store, to_store, free);
@@ -293,7 +293,7 @@ impl Filling {
     async fn take_buffer(&mut self) -> Chunk {
         let reused = match self.to_fill.try_recv() {
             Ok(buffer) => Some(buffer),
-            Err(_) if self.allocated <= CHUNKS_WAITING_MAX => None,
+            Err(_) if self.allocated < CHUNK_BUFFERS_MAX => None,
             // The storer outlives the reader, so this ends.
             Err(_) => self.to_fill.recv().await.ok(),
         };
