@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use async_channel::{Receiver, Sender};
 use async_signal::{Signal, Signals};
-use futures_lite::{FutureExt, StreamExt};
+use futures_lite::{FutureExt, StreamExt, future};
 use log::{error, info, warn};
 use smol::{LocalExecutor, Timer};
 
@@ -66,19 +66,6 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
             return EXIT_CONFIG;
         }
     };
-    let identity = Identity::load_or_create(
-        &config.state_path,
-        &config.private_key_path,
-        &config.fingerprint_path,
-    )
-    .await;
-    let identity = match identity {
-        Ok(identity) => identity,
-        Err(error) => {
-            error!("{error}");
-            return EXIT_CONFIG;
-        }
-    };
     let (inputs, to_driver) = async_channel::bounded(INPUTS_WAITING);
     let (terminate, terminated) = async_channel::bounded(1);
     let notifier = Rc::new(Notifier::from_environment());
@@ -95,7 +82,22 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         env!("CARGO_PKG_VERSION"),
         config.control_plane_url
     );
-    let (store, recovered) = outbox::open(outbox_settings(&config)).await;
+    // At the same time: one proves the key, the other reads the log, each on its own thread.
+    let identity = Identity::load_or_create(
+        &config.state_path,
+        &config.private_key_path,
+        &config.fingerprint_path,
+    );
+    let opened = outbox::open(outbox_settings(&config));
+    let (identity, (store, recovered)) = future::zip(identity, opened).await;
+    let identity = match identity {
+        Ok(identity) => identity,
+        Err(error) => {
+            error!("{error}");
+            store.close().await;
+            return EXIT_CONFIG;
+        }
+    };
     let host = Rc::new(task_host::new(&config, identity.fingerprint()));
     executor
         .spawn(task_host::collect_orphans(host.clone()))
@@ -182,7 +184,7 @@ async fn serve(
         while let Ok(recovered) = reopened.recv().await {
             context.tell(Input::Reopened(recovered)).await;
         }
-        futures_lite::future::pending().await
+        future::pending().await
     };
     driver.run(to_driver).or(reopened).await;
 }

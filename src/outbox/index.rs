@@ -266,6 +266,8 @@ pub(super) fn check(dir: &Path) -> bool {
         for pair in db.iter() {
             pair?;
         }
+        // Closed it would be written and synced once more, and somebody waits for this.
+        std::mem::forget(db);
         Ok(())
     });
     walked.is_ok()

@@ -10,12 +10,16 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_channel::Sender;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Resource, Rlimit, WaitId, WaitIdOptions, pidfd_open, setrlimit, waitid,
+};
 
 use super::aside;
 use super::disk::{Disk, RealDisk, sync_folder};
@@ -30,8 +34,9 @@ use super::types::*;
 use crate::clock;
 use crate::ids::Incarnation;
 use crate::limits::{
-    FINAL_OUTPUT_BYTES_MAX, INDEX_CHECK_MEMORY_BYTES, INDEX_CHECK_TIMEOUT, MEMORY_STORE_BYTES,
-    SEGMENTS_MIN, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN, TERMINAL_RESERVE_BYTES_MIN,
+    EXIT_POLL_INTERVAL, FINAL_OUTPUT_BYTES_MAX, INDEX_CHECK_MEMORY_BYTES, INDEX_CHECK_TIMEOUT,
+    MEMORY_STORE_BYTES, SEGMENTS_MIN, SPOOL_CAP_BYTES_MAX, SPOOL_CAP_BYTES_MIN,
+    TERMINAL_RESERVE_BYTES_MIN,
 };
 
 const CLEAN_FILE: &str = "clean";
@@ -230,20 +235,40 @@ pub(super) fn passes_check(checker: &Path, index_dir: &Path) -> bool {
             return false;
         }
     };
-    let deadline = Instant::now() + INDEX_CHECK_TIMEOUT;
-    let mut pause = std::time::Duration::from_millis(1);
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return status.success(),
-            Ok(None) if Instant::now() < deadline => std::thread::sleep(pause),
-            Ok(None) | Err(_) => {
-                // Killed and reaped; if even that fails it is gone already.
-                let _ = child.kill();
-                let _ = child.wait();
-                return false;
-            }
+    wait_for_exit(&child, INDEX_CHECK_TIMEOUT);
+    match child.try_wait() {
+        Ok(Some(status)) => status.success(),
+        Ok(None) | Err(_) => {
+            // Killed and reaped; if even that fails it is gone already.
+            let _ = child.kill();
+            let _ = child.wait();
+            false
         }
-        pause = (pause * 2).min(std::time::Duration::from_millis(50));
+    }
+}
+
+/// Waits for the exit of a child, at most so long. The start of the agent waits with it, so it is
+/// noticed at once where the kernel has pidfds.
+fn wait_for_exit(child: &Child, timeout: Duration) {
+    let deadline = Instant::now() + timeout;
+    let pid = Pid::from_child(child);
+    let Ok(exit) = pidfd_open(pid, PidfdFlags::empty()) else {
+        let has_exited = || {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+            !matches!(waitid(WaitId::Pid(pid), options), Ok(None))
+        };
+        while !has_exited() && Instant::now() < deadline {
+            std::thread::sleep(EXIT_POLL_INTERVAL);
+        }
+        return;
+    };
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).ok();
+        match poll(&mut [PollFd::new(&exit, PollFlags::IN)], left.as_ref()) {
+            Err(Errno::INTR) => {}
+            _ => return,
+        }
     }
 }
 
