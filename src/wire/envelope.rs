@@ -66,6 +66,10 @@ pub struct Envelope<'a> {
 impl<'a> Envelope<'a> {
     /// Reads one text frame that should be addressed to (or come from) `agent_id`.
     pub fn decode(frame: &'a str, agent_id: &str) -> Result<Envelope<'a>, DecodeError> {
+        // serde borrows what stands in a field itself; in an `Option` it would copy a `Cow`.
+        #[derive(Deserialize)]
+        #[serde(transparent)]
+        struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
         #[derive(Deserialize)]
         struct Raw<'a> {
             protocol_version: u32,
@@ -76,12 +80,12 @@ impl<'a> Envelope<'a> {
             #[serde(borrow)]
             agent_id: Cow<'a, str>,
             #[serde(borrow)]
-            task_id: Option<Cow<'a, str>>,
+            task_id: Option<Text<'a>>,
             #[serde(borrow)]
-            execution_attempt_id: Option<Cow<'a, str>>,
+            execution_attempt_id: Option<Text<'a>>,
             sequence: Option<u64>,
             #[serde(borrow)]
-            sent_at: Option<Cow<'a, str>>,
+            sent_at: Option<Text<'a>>,
             #[serde(borrow)]
             payload: Option<&'a RawValue>,
         }
@@ -104,11 +108,11 @@ impl<'a> Envelope<'a> {
         if raw.sequence == Some(0) {
             return Err(DecodeError::Invalid("sequence"));
         }
-        let attempt_id = raw.execution_attempt_id.unwrap_or_default();
-        let ids = match raw.task_id {
-            None => None,
-            Some(task_id) if task_id.is_empty() => None,
-            Some(task_id) => Some(
+        let text = |field: Option<Text<'a>>| field.map_or(Cow::Borrowed(""), |text| text.0);
+        let attempt_id = text(raw.execution_attempt_id);
+        let ids = match text(raw.task_id) {
+            task_id if task_id.is_empty() => None,
+            task_id => Some(
                 Ids::new(&task_id, &attempt_id)
                     .ok_or(DecodeError::Invalid("task_id or execution_attempt_id"))?,
             ),
@@ -119,7 +123,7 @@ impl<'a> Envelope<'a> {
             agent_id: raw.agent_id,
             ids,
             sequence: raw.sequence,
-            sent_at: raw.sent_at.unwrap_or_default(),
+            sent_at: text(raw.sent_at),
             payload: raw.payload,
         })
     }
@@ -221,6 +225,15 @@ mod tests {
         assert_eq!(envelope.kind, "ack");
         assert_eq!(envelope.ids, None);
         envelope.payload::<Empty>().expect("reads as {}");
+    }
+
+    #[test]
+    fn fields_are_read_where_they_lie() {
+        let frame = ACK.replace("\"future\":[1]", "\"sent_at\":\"2026-01-31T12:00:00Z\"");
+        let envelope = Envelope::decode(&frame, "a").expect("valid");
+        for field in [&envelope.kind, &envelope.message_id, &envelope.sent_at] {
+            assert!(matches!(field, Cow::Borrowed(_)), "{field:?} was copied");
+        }
     }
 
     #[test]
