@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,8 @@ pub struct State {
     /// Whether sessions are taken, and whether messages are acknowledged.
     pub takes_sessions: bool,
     pub acknowledges: bool,
+    /// Output is acknowledged when so many chunks of a stream have come, or the final; 0: at once.
+    pub acknowledges_every: u64,
     /// The oldest output may have been given up on the device.
     pub allows_holes: bool,
     /// Lines begin with the time at which they were printed: keep it and that of their arrival.
@@ -59,7 +62,6 @@ pub struct State {
     pub finals: u64,
     /// The first breach of the protocol.
     pub wrong: Option<String>,
-    sessions: u64,
     link: Option<Arc<Mutex<TcpStream>>>,
     deliveries: Vec<String>,
 }
@@ -89,6 +91,7 @@ impl Gateway {
             state: Mutex::new(State {
                 takes_sessions: true,
                 acknowledges: true,
+                acknowledges_every: 0,
                 allows_holes: false,
                 keeps_arrivals: false,
                 attempts: HashMap::new(),
@@ -97,7 +100,6 @@ impl Gateway {
                 active_at: None,
                 finals: 0,
                 wrong: None,
-                sessions: 0,
                 link: None,
                 deliveries: Vec::new(),
             }),
@@ -109,10 +111,12 @@ impl Gateway {
             tls: tls.is_some(),
         };
         std::thread::spawn(move || {
+            crate::begin_gateway_thread();
             for socket in listener.incoming().flatten() {
                 let (inner, tls) = (inner.clone(), tls.clone());
                 let accepted_at = Instant::now();
                 std::thread::spawn(move || {
+                    crate::begin_gateway_thread();
                     // An agent that goes away in the middle of something is what some works are for.
                     let _ = serve(&inner, socket, accepted_at, tls);
                 });
@@ -181,6 +185,18 @@ impl Gateway {
             let waited = self.inner.changed.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Waits until somebody has made this file.
+    pub fn wait_for_file(&self, path: &Path) -> Result<(), String> {
+        let until = Instant::now() + DEADLINE;
+        while !path.exists() {
+            if Instant::now() > until {
+                return Err(format!("waited in vain for {}", path.display()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     pub fn wait_active(&self) -> Result<(), String> {
@@ -344,14 +360,13 @@ fn session(
         }
         filled += count;
         let mut at = 0;
+        let mut begins = false;
         {
             let mut state = inner.lock();
             while let Some(frame) = frames::take(&mut buffer[at..filled]) {
                 match frame.opcode {
                     frames::TEXT => {
-                        handle(&mut state, &frame, &mut acks, &mut out, accepted_at, || {
-                            is_plain.then(|| link.clone())
-                        });
+                        begins |= handle(&mut state, &frame, &mut acks, &mut out);
                     }
                     frames::PING => {
                         out.extend(frames::server_frame(frames::PONG, frame.payload));
@@ -362,11 +377,11 @@ fn session(
                 at += frame.bytes;
             }
             if state.acknowledges {
-                acks.write(&mut out);
+                acks.write(&mut out, state.acknowledges_every);
+            } else {
+                acks.clear();
             }
-            acks.clear();
         }
-        inner.changed.notify_all();
         if !out.is_empty() {
             match &mut socket {
                 Socket::Plain(_) => {
@@ -377,6 +392,14 @@ fn session(
             }
             out.clear();
         }
+        if begins {
+            // Only now: a task must not overtake the answer to the hello.
+            let mut state = inner.lock();
+            state.link = is_plain.then(|| link.clone());
+            state.accepted_at = Some(accepted_at);
+            state.active_at = Some(Instant::now());
+        }
+        inner.changed.notify_all();
         buffer.copy_within(at..filled, 0);
         filled -= at;
         if filled == buffer.len() {
@@ -385,14 +408,8 @@ fn session(
     }
 }
 
-fn handle(
-    state: &mut State,
-    frame: &Frame<'_>,
-    acks: &mut Acks,
-    out: &mut Vec<u8>,
-    accepted_at: Instant,
-    link: impl FnOnce() -> Option<Arc<Mutex<TcpStream>>>,
-) {
+/// Takes a message in. True if it begins a session, whose answer is then in `out`.
+fn handle(state: &mut State, frame: &Frame<'_>, acks: &mut Acks, out: &mut Vec<u8>) -> bool {
     match read(state, frame, acks) {
         Ok(Some(hello_id)) => {
             out.extend(frames::server_frame(
@@ -402,16 +419,14 @@ fn handle(
             for task in std::mem::take(&mut state.deliveries) {
                 out.extend(frames::server_frame(frames::TEXT, task.as_bytes()));
             }
-            state.sessions += 1;
-            state.link = link();
-            state.accepted_at = Some(accepted_at);
-            state.active_at = Some(Instant::now());
+            true
         }
-        Ok(None) => {}
+        Ok(None) => false,
         Err(why) => {
             let text = String::from_utf8_lossy(frame.payload);
             let shown: String = text.chars().take(300).collect();
             state.wrong.get_or_insert(format!("{why}: {shown}"));
+            false
         }
     }
 }
@@ -467,16 +482,16 @@ fn read(state: &mut State, frame: &Frame<'_>, acks: &mut Acks) -> Result<Option<
 /// What one read has brought, to be acknowledged: of output the last chunk of each stream.
 #[derive(Default)]
 struct Acks {
-    output: Vec<(String, String, usize, u64)>,
+    /// Message id, attempt, stream, sequence; and what is acknowledged already.
+    output: Vec<(String, String, usize, u64, u64)>,
     finals: Vec<(String, String)>,
 }
 
 impl Acks {
     fn output(&mut self, head: &frames::Head<'_>, stream: usize) {
-        let mine = |entry: &&mut (String, String, usize, u64)| {
-            entry.1 == head.attempt && entry.2 == stream
-        };
-        match self.output.iter_mut().find(mine) {
+        let known = self.output.iter_mut();
+        let mut mine = known.filter(|entry| entry.1 == head.attempt && entry.2 == stream);
+        match mine.next() {
             Some(entry) => {
                 entry.0.clear();
                 entry.0.push_str(head.message_id);
@@ -487,6 +502,7 @@ impl Acks {
                 head.attempt.to_owned(),
                 stream,
                 head.sequence,
+                0,
             )),
         }
     }
@@ -496,13 +512,27 @@ impl Acks {
             .push((head.message_id.to_owned(), head.attempt.to_owned()));
     }
 
-    fn write(&self, out: &mut Vec<u8>) {
-        for (id, attempt, _, sequence) in &self.output {
-            let ack = frames::ack(id, "task.output", attempt, Some(*sequence));
-            out.extend(frames::server_frame(frames::TEXT, ack.as_bytes()));
-        }
-        for (id, attempt) in &self.finals {
-            let ack = frames::ack(id, "task.final", attempt, None);
+    /// Takes out what is due. `every`: see [`State::acknowledges_every`].
+    fn write(&mut self, out: &mut Vec<u8>, every: u64) {
+        let ends = !self.finals.is_empty();
+        self.output.retain_mut(|(id, attempt, _, sequence, done)| {
+            let due = match every {
+                0 => *sequence,
+                _ if ends => *sequence,
+                every => *sequence / every * every,
+            };
+            if due > *done {
+                // The id of a chunk ends with its sequence.
+                let stem = id.rsplit_once('-').map_or(id.as_str(), |(stem, _)| stem);
+                let id = format!("{stem}-{due}");
+                let ack = frames::ack(&id, "task.output", attempt, Some(due));
+                out.extend(frames::server_frame(frames::TEXT, ack.as_bytes()));
+                *done = due;
+            }
+            every > 0 && !ends
+        });
+        for (id, attempt) in self.finals.drain(..) {
+            let ack = frames::ack(&id, "task.final", &attempt, None);
             out.extend(frames::server_frame(frames::TEXT, ack.as_bytes()));
         }
     }

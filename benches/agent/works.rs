@@ -314,13 +314,7 @@ fn offline(
     gateway.cut();
     let before = agent.usage()?;
     std::fs::write(&go, "").map_err(|e| e.to_string())?;
-    let until = Instant::now() + Duration::from_secs(100);
-    while !done.exists() {
-        if Instant::now() > until {
-            return Err("the backlog is not stored".to_owned());
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    gateway.wait_for_file(&done)?;
     // The last flush, and the final.
     std::thread::sleep(SETTLE_TIME);
     let after = agent.usage()?;
