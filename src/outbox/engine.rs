@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use super::ahead::Ahead;
 use super::attempts::Attempt;
 use super::commit::Staged;
 use super::handle::Reply;
@@ -72,6 +73,7 @@ pub(super) struct Engine {
     pub closings: Vec<(AttemptKey, Entry, u64)>,
     pub reading: Option<(u64, SegmentReader)>,
     pub window: Vec<u8>,
+    pub ahead: Ahead,
     /// Since when the file system has had no room.
     pub full_since: Option<Instant>,
     /// [`Log::files_made`] when output was given up because the file system had no room: it is
@@ -111,6 +113,7 @@ impl Engine {
             closings: Vec::new(),
             reading: None,
             window: Vec::new(),
+            ahead: Ahead::default(),
             full_since: None,
             full_with_files: None,
             clock_ms,

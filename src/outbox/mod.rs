@@ -9,7 +9,7 @@
 //! * `attempts`: what is known of the attempts that are open.
 //! * `record`, `unit`, `segment`: the bytes; `log`: the append side; `disk`: the files.
 //! * `space`: retirement, copying forward, giving up the oldest output.
-//! * `reader`: replay, texts, and what a hello tells.
+//! * `reader`: replay, texts, and what a hello tells; `ahead`: finals that come before their turn.
 //! * `recovery`, `opening`: from files to an engine; `memory`: the volatile store; `frozen`: a store
 //!   that can be read and not be written.
 //! * `moving`: what one store holds goes over into another; `aside`: stores of newer agents.
@@ -23,6 +23,7 @@
 //! 3. A segment is given up only after all that it alone knew is durable elsewhere.
 //! 4. Memory holds a summary for each open attempt, segment and stream, nothing for a chunk.
 
+mod ahead;
 mod aside;
 mod attempts;
 #[cfg(test)]

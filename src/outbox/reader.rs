@@ -32,6 +32,7 @@ impl Engine {
             next: from,
             at_end: false,
         };
+        self.read_ahead(max_messages, max_bytes, skip, &mut batch);
         let finals: HashSet<u64> = self
             .attempts
             .values()
@@ -93,6 +94,7 @@ impl Engine {
             if let Some((head, body)) = reader.record_at(offset, end)
                 && let Some(record) = Record::decode(&head, body)
                 && let Some(message) = self.message(here, head.key, &record, skip)
+                && !self.ahead.has_just_given(&message)
             {
                 let bytes = head.body_bytes as usize;
                 let no_room = !batch.messages.is_empty() && batch.buffer.len() + bytes > max_bytes;
@@ -113,7 +115,7 @@ impl Engine {
     }
 
     /// The reader of a segment, with the window that was read last if it is the same one.
-    fn take_reader(&mut self, at: usize) -> Option<SegmentReader> {
+    pub(super) fn take_reader(&mut self, at: usize) -> Option<SegmentReader> {
         let generation = self.log.segments[at].generation();
         let window = match self.reading.take() {
             Some((open, mut reader)) if open == generation => {
@@ -136,7 +138,7 @@ impl Engine {
     }
 
     /// The message that a record stands for, with empty ranges, if it waits.
-    fn message(
+    pub(super) fn message(
         &self,
         at: Cursor,
         key: AttemptKey,
@@ -563,7 +565,7 @@ fn next_record(reader: &mut SegmentReader, from: Cursor, end: u64) -> Option<(u6
     }
 }
 
-fn push_message(batch: &mut Batch, mut message: Message, record: &Record<'_>) {
+pub(super) fn push_message(batch: &mut Batch, mut message: Message, record: &Record<'_>) {
     let mut take = |bytes: &[u8]| {
         let from = batch.buffer.len();
         batch.buffer.extend_from_slice(bytes);

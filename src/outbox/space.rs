@@ -340,6 +340,7 @@ impl Engine {
             }
             Copied::Discarded(_) => attempt.discarded_in = generation,
             Copied::Final(_, at) => {
+                self.ahead.has_moved(key);
                 if let Some(fin) = &mut attempt.fin {
                     fin.at = Cursor::record(generation, offset + at);
                 }

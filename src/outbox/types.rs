@@ -210,7 +210,8 @@ impl ReadRequest {
     }
 }
 
-/// Unacknowledged messages in log order. A final comes after all output of its attempt.
+/// Unacknowledged messages in log order; before them finals from behind [`Batch::next`] that wait
+/// for no output of their attempts. A final comes after all output of its attempt.
 #[derive(Debug, Default)]
 pub struct Batch {
     pub messages: Vec<Message>,

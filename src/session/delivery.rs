@@ -2,7 +2,7 @@
 //! replay alike (DESIGN.md, "The way of a byte").
 //!
 //! Invariants:
-//! - Messages leave in log order. What goes back in the log, for a gap error or a repeat, moves
+//! - Messages leave in log order, except finals that the store reads before their turn. What goes back in the log, for a gap error or a repeat, moves
 //!   the cursor back; what is still in flight is then passed over, so nothing live overtakes.
 //! - A chunk is not sent while an earlier chunk of its stream waits to be sent again, and a final
 //!   not while output of its attempt does.
@@ -321,7 +321,8 @@ impl<C: Copy + Ord + Default> Delivery<C> {
             self.dirty = true;
             return admission;
         }
-        for (index, candidate) in candidates.enumerate() {
+        let mut candidates = candidates.enumerate();
+        while let Some((index, candidate)) = candidates.next() {
             match self.consider(&candidate, now) {
                 Verdict::Send { truncated } => {
                     let room = admission.push(Admitted { index, truncated });
@@ -329,7 +330,10 @@ impl<C: Copy + Ord + Default> Delivery<C> {
                 }
                 Verdict::PassOver => {}
                 Verdict::Stop => {
-                    self.cursor = candidate.at;
+                    // What is left is read again, from the first place of it: this one may have
+                    // been read before its turn.
+                    let left = candidates.map(|(_, it)| it.at);
+                    self.cursor = left.chain([candidate.at]).fold(next, C::min);
                     self.at_end = false;
                     self.batches_out += usize::from(!admission.is_empty());
                     return admission;
