@@ -26,6 +26,7 @@ mod no_process_is_left;
 mod notify;
 mod null_directives;
 mod odd_tasks;
+mod output_bombs;
 mod poison_message;
 mod polling_gate;
 mod queue;
