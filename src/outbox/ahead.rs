@@ -195,7 +195,8 @@ mod tests {
     fn little_output_before_it_is_sent_first() {
         let mut tester = Tester::new(128 << 10);
         let other = running(&mut tester);
-        tester.append(other, OUT, 12);
+        tester.append(other, OUT, 6);
+        tester.append(other, OUT, 6);
         let quick = running(&mut tester);
         tester.finish(quick);
         let (finals, chunks, next) = read(&mut tester, Cursor::START);

@@ -24,6 +24,8 @@ pub struct Ledger {
     finals: HashMap<String, FinalPayload<String>>,
     /// Tasks whose final was taken by report.
     reported: HashMap<String, ()>,
+    /// How often each task was delivered.
+    deliveries: HashMap<String, usize>,
 }
 
 /// What the server remembers of one connection.
@@ -59,8 +61,10 @@ impl Ledger {
         self.reported.insert(task_id.to_owned(), ());
     }
 
-    /// A task offered again may be answered with its final (PROTOCOL.md 3, `task.deliver`).
+    /// A task offered again may be answered with its final (PROTOCOL.md 3, `task.deliver`), also
+    /// when its report arrives between the two.
     pub fn delivered(&mut self, task_id: &str) {
+        *self.deliveries.entry(task_id.to_owned()).or_default() += 1;
         self.reported.remove(task_id);
     }
 
@@ -104,7 +108,9 @@ impl Ledger {
                 self.check_output(&frame.message_id, ids, *sequence, output)
             }
             ReceivedMessage::Final { ids, result } => {
-                if self.reported.contains_key(ids.task.as_str()) {
+                let task = ids.task.as_str();
+                let asked_again = self.deliveries.get(task).is_some_and(|&count| count > 1);
+                if self.reported.contains_key(task) && !asked_again {
                     return Err(format!("final of {ids} after a successful report"));
                 }
                 connection.finals.insert(ids.clone(), ());
