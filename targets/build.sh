@@ -11,7 +11,7 @@
 # rustup has no standard library for the target, it is built from its source.
 set -euo pipefail
 
-# Versions from 0.16 zero what calloc returns: sled's page table would be resident, 29 MiB of it.
+# Versions from 0.16 zero what calloc returns: sled's histograms would be resident, 29 MiB with them.
 zig_version=0.15.2
 zigbuild_version=0.24.0
 
