@@ -30,7 +30,12 @@ use self::world::World;
 pub use self::outside::Outside;
 pub use self::time::VirtualTime;
 
-const HISTORIES: u64 = 3_000;
+/// More where they are quick.
+const HISTORIES: u64 = if cfg!(debug_assertions) {
+    3_000
+} else {
+    20_000
+};
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
