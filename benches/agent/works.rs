@@ -457,6 +457,8 @@ fn one_start(setup: &Setup, dir: &Path, gateway: &Gateway) -> Result<[f64; 3], S
     let agent = start.in_dir(setup, dir)?;
     let ready_at = manager.wait("READY=1")?;
     let connected_at = manager.wait("STATUS=connected")?;
+    // The agent may be quicker to say so than the gateway's thread.
+    gateway.wait_active()?;
     let accepted_at = gateway.state().accepted_at.ok_or("no session")?;
     let ms = |from: Instant, to: Instant| 1000.0 * to.saturating_duration_since(from).as_secs_f64();
     let steps = [
