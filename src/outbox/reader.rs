@@ -372,12 +372,17 @@ impl Engine {
                     truncated |= *sequence != expected;
                     expected = sequence + 1;
                     text.extend_from_slice(data);
-                    if text.len() > max {
+                    // Not for each chunk: they may be small and many.
+                    if text.len() > 2 * max + data.len() {
                         truncated = true;
                         text.drain(..text.len() - max);
                     }
                 }
             });
+        }
+        if text.len() > max {
+            truncated = true;
+            text.drain(..text.len() - max);
         }
         truncated |= expected != last + 1;
         let split = text

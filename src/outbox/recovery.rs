@@ -14,7 +14,7 @@ use super::disk::Disk;
 use super::engine::{Bounds, Engine};
 use super::index::Index;
 use super::log::{FREE_FILES_MAX, Log, LogEnd, Segment, Tail, file_name, parse_name};
-use super::record::{Entry, RECORD_HEAD_BYTES, Record};
+use super::record::{Entry, Record};
 use super::segment::{
     FORMAT_VERSION, HEADER_BYTES, Header, HeaderError, SEGMENT_BYTES_LIMIT, SegmentReader,
 };
@@ -381,9 +381,11 @@ impl Scan {
                     None => break,
                 }
             };
-            let whole = reader.is_whole(next, &unit);
             let behind = next + unit.bytes();
-            if !whole && !place.sealed && reader.find_unit(behind, limit).is_none() {
+            if !place.sealed
+                && !reader.is_whole(next, &unit)
+                && reader.find_unit(behind, limit).is_none()
+            {
                 // Never confirmed. The next segment says where the confirmed part ends.
                 torn = true;
                 break;
@@ -419,15 +421,20 @@ impl Scan {
         }
         let mut at = unit_at + UNIT_HEAD_BYTES as u64;
         let end = at + u64::from(unit.records_bytes);
-        while let Some(good) = reader.next_good(at, end, &mut self.records_damaged) {
-            at = good + RECORD_HEAD_BYTES as u64;
-            if let Some((head, body)) = reader.record_at(good, end) {
-                at = good + head.bytes();
+        loop {
+            // Checked once: of small records there may be a million.
+            if let Some((head, body)) = reader.record_at(at, end) {
                 match Record::decode(&head, body) {
-                    Some(record) => self.apply(head.key, &record, good, unit_at, unit.wall_ms),
+                    Some(record) => self.apply(head.key, &record, at, unit_at, unit.wall_ms),
                     None if head.is_newer() => self.newer = true,
                     None => self.records_damaged += 1,
                 }
+                at += head.bytes();
+                continue;
+            }
+            match reader.next_good(at, end, &mut self.records_damaged) {
+                Some(good) => at = good,
+                None => break,
             }
         }
     }

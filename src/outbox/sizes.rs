@@ -6,6 +6,7 @@ use std::path::Path;
 
 use smol::{LocalExecutor, block_on};
 
+use super::model::Tester;
 use super::recovery::segment_bytes;
 use super::tests::{Folder, completed, ids, run_task};
 use super::*;
@@ -107,4 +108,17 @@ fn output_that_nobody_takes_stays_within_the_cap_on_disk() {
         assert!(spool > CAP_BYTES / 2, "the store is full: {spool}");
         eprintln!("{spool} bytes in the log with a cap of {CAP_BYTES}");
     });
+}
+
+/// What flash wears by: a commit is one write and one sync, whatever it holds.
+#[test]
+fn a_commit_is_one_write_and_one_sync() {
+    let mut tester = Tester::new(1 << 20);
+    let number = tester.receive();
+    tester.start(number);
+    for chunks in [1, 8, 1, 5] {
+        let before = tester.disk.calls();
+        tester.append(number, Stream::Stdout, chunks);
+        assert_eq!(tester.disk.calls() - before, 2, "{chunks} chunks");
+    }
 }

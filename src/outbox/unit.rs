@@ -188,3 +188,24 @@ fn unit_crc(seed: u32, offset: u64, head: &[u8]) -> u32 {
     let crc = crc32c::crc32c_append(seed, &offset.to_le_bytes());
     crc32c::crc32c_append(crc, &head[8..UNIT_HEAD_BYTES])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A head that is believed says how much is read and which units are proven.
+    #[test]
+    fn a_head_with_one_flipped_bit_is_none() {
+        let (seed, offset) = (7, 1024);
+        let unit = mend_unit(seed, offset, 3, &[0; 2 * RECORD_HEAD_BYTES]);
+        let head = UnitHead::decode(seed, offset, &unit);
+        assert_eq!(head.map(|head| (head.number, head.records)), Some((3, 2)));
+        for bit in 0..UNIT_HEAD_BYTES * 8 {
+            let mut damaged = unit.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(UnitHead::decode(seed, offset, &damaged), None, "bit {bit}");
+        }
+        assert_eq!(UnitHead::decode(seed, offset + 512, &unit), None);
+        assert_eq!(UnitHead::decode(seed + 1, offset, &unit), None);
+    }
+}

@@ -356,3 +356,37 @@ fn a_full_disk_puts_the_move_off() {
     let counts = disk.engine().counts();
     assert!(counts.bytes_used <= counts.byte_cap);
 }
+
+/// This log knows the attempt as received: the power goes while its output comes over. Output alone
+/// would be sent before it was printed here.
+#[test]
+fn no_output_comes_over_without_the_start_that_printed_it() {
+    let (mut before, mut after) = (0, 0);
+    for age in [Source::Younger, Source::Older] {
+        for call in 0..14 {
+            for keep in KEEPS {
+                let mut disk = Tester::new(256 << 10);
+                let number = disk.receive();
+                let mut other = Tester::named(Incarnation::of(9), 256 << 10);
+                other.receive();
+                other.start(number);
+                // More than one segment of the disk.
+                for _ in 0..24 {
+                    other.append(number, Stream::Stdout, 5);
+                }
+                disk.disk.set_fault(call, Fault::Crash);
+                let _ = disk.engine().absorb(other.engine(), age);
+                disk.crash(keep);
+                disk.may_have_absorbed(other);
+                assert!(disk.open());
+                let attempt = &disk.engine().attempts[&ids(number).key()];
+                match (attempt.started, attempt.stream(Stream::Stdout).mark.last) {
+                    (false, 0) => before += 1,
+                    (true, 120) => after += 1,
+                    other => panic!("{other:?}: {age:?}, call {call}, {keep:?}"),
+                }
+            }
+        }
+    }
+    assert!(before > 20 && after > 20, "{before} {after}");
+}
