@@ -20,7 +20,7 @@ use crate::agent::driver::{Driver, Input, queued_tasks};
 use crate::agent::notify::Notifier;
 use crate::config::{self, Config};
 use crate::executor::host::Host;
-use crate::ids::Incarnation;
+use crate::ids::{AttemptKey, Incarnation, Stream};
 use crate::net;
 use crate::outbox::simulated::{self, Fault, Keep, SimDisk, Store};
 use crate::session::{Session, Settings};
@@ -80,6 +80,9 @@ pub struct Device {
     /// A further start is on its way.
     starting: bool,
     may_break: bool,
+    /// Streams given up in the last turn of the store that dropped something, until the tasks have
+    /// heard of that turn.
+    dropped: Option<Vec<(AttemptKey, Stream)>>,
 }
 
 thread_local! {
@@ -143,6 +146,7 @@ impl Device {
             life: None,
             starting: false,
             may_break: true,
+            dropped: None,
         }
     }
 
@@ -151,6 +155,7 @@ impl Device {
         if self.life.is_some() {
             return;
         }
+        self.dropped = None;
         // A store that cannot be opened is another matter: the agent would run in memory.
         self.disk.clear_fault();
         self.disk.replace_bad_block();
@@ -235,6 +240,18 @@ impl Device {
             ticks += 1;
             assert!(ticks < TICKS_MAX, "tasks go on without an end");
         }
+        // What one turn has stored and dropped, a task learns to be stored only now.
+        self.note_dropped();
+        self.dropped = None;
+    }
+
+    fn note_dropped(&self) {
+        if let (Some(life), Some(given_up)) = (&self.life, &self.dropped) {
+            let mut ledger = self.ledger.borrow_mut();
+            ledger.drop_chunks(given_up, |key, stream, sequence| {
+                life.store.waits(key, stream, sequence)
+            });
+        }
     }
 
     pub fn take_calls(&mut self) -> Vec<Call> {
@@ -280,15 +297,12 @@ impl Device {
         if self.disk.is_crashed() {
             return true;
         }
-        let mut ledger = self.ledger.borrow_mut();
         for &(key, stream) in &turn.given_up {
-            ledger.give_up(key, stream);
+            self.ledger.borrow_mut().give_up(key, stream);
         }
         if turn.has_dropped {
-            let store = &life.store;
-            ledger.drop_chunks(&turn.given_up, |key, stream, sequence| {
-                store.waits(key, stream, sequence)
-            });
+            self.dropped = Some(turn.given_up);
+            self.note_dropped();
         }
         false
     }

@@ -79,6 +79,20 @@ fn history(seed: u64) -> u64 {
     world.events.get()
 }
 
+/// The task hears that its last chunks are stored when the same turn of the store has given them up.
+#[test]
+fn chunks_stored_and_given_up_in_one_turn_are_lost() {
+    for seed in [1_004_070, 2_005_535] {
+        history(seed);
+    }
+}
+
+/// A session ends and its final is reported, while the final is already in the socket.
+#[test]
+fn a_final_may_be_in_the_socket_when_its_report_begins() {
+    history(2_007_100);
+}
+
 #[test]
 fn whatever_happens_nothing_is_lost_or_run_twice() {
     if let Some(seed) = number("HOSTLINK_AGENT_SEED") {

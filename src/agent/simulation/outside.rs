@@ -9,6 +9,7 @@ use async_channel::{Receiver, Sender};
 use futures_lite::future;
 
 use super::ledger::{self, Ledger};
+use super::server::AGENT_ID;
 use super::time::VirtualTime;
 use crate::agent::outside::FrameReader;
 use crate::executor::{Cause, Controls, Ended, OutputStore, Spec, Stop, Tail, Usage};
@@ -21,6 +22,7 @@ use crate::net::{Control, Incoming, NetError, ReportOutcome};
 use crate::outbox::Cursor;
 use crate::outbox::simulated::{MARK_BYTES, SimDisk};
 use crate::session::{LinkState, Now, Session};
+use crate::wire::envelope::Envelope;
 use crate::wire::http::{PolledTasks, Report};
 
 /// What the agent wants of the world.
@@ -280,7 +282,11 @@ impl Process<'_> {
 
 /// What the agent's socket has taken.
 pub enum Sent {
-    Text(Vec<u8>),
+    Text {
+        frame: Vec<u8>,
+        /// Its final was being reported, or was done, when it went to the socket.
+        goes_two_ways: bool,
+    },
     Ping,
     Close,
 }
@@ -339,7 +345,11 @@ impl Writer {
             let sent = match next {
                 Control::Text(frame) => {
                     self.check_is_durable(&frame);
-                    Sent::Text(frame)
+                    let goes_two_ways = self.goes_two_ways(&frame);
+                    Sent::Text {
+                        frame,
+                        goes_two_ways,
+                    }
                 }
                 Control::Ping => Sent::Ping,
                 Control::Close => Sent::Close,
@@ -361,6 +371,21 @@ impl Writer {
                 return "closed".to_owned();
             }
         }
+    }
+
+    /// PROTOCOL.md 4.7: while a report is on its way the final is not sent over the WebSocket. One
+    /// that was in the socket before may still arrive: the session ended, and the report began, when
+    /// the goodbye was yet to be written behind it.
+    fn goes_two_ways(&self, frame: &[u8]) -> bool {
+        let text = std::str::from_utf8(frame).expect("a text frame");
+        let envelope = Envelope::decode(text, AGENT_ID).expect("a valid envelope");
+        if envelope.kind != "task.final" {
+            return false;
+        }
+        let ids = envelope.attempt().expect("it names its attempt");
+        let ledger = self.outside.ledger.borrow();
+        let attempt = &ledger.attempts[ledger.by_name(&ids.task)];
+        attempt.reporting || attempt.reported_in == Some(ledger.life)
     }
 
     /// PROTOCOL.md 4.1: what goes to the socket would survive a power cut now.

@@ -34,8 +34,8 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub struct Talk {
     pub hello_answered: bool,
-    /// The agent has this one, and has not ended it.
-    pub is_current: bool,
+    /// The frame at hand went to the socket while its final was being reported, or was done.
+    pub goes_two_ways: bool,
     pub delivery: bool,
     pub cancel: bool,
     /// Of each attempt and stream: all up to here was sent, or need not be.
@@ -309,15 +309,10 @@ impl Server {
     ) {
         let bytes = fin.output.as_ref().map_or(0, String::len);
         let out_of_turn = talk.offered_again.contains(&number);
-        {
-            let ledger = self.ledger.borrow();
-            let attempt = &ledger.attempts[number];
-            let two_ways = attempt.reporting || attempt.reported_in == Some(ledger.life);
-            assert!(
-                !two_ways || out_of_turn || !talk.is_current,
-                "the final of attempt {number} goes two ways"
-            );
-        }
+        assert!(
+            !talk.goes_two_ways || out_of_turn,
+            "the final of attempt {number} goes two ways"
+        );
         if !out_of_turn {
             self.sent(talk, number, Piece::Final, bytes, now);
             self.check_output_first(talk, number);

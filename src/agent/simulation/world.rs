@@ -78,7 +78,6 @@ impl Ord for Queued {
 
 pub(super) struct Connection {
     pub number: u64,
-    pub life: u32,
     pub arrivals: Option<Sender<Arrival>>,
     pub socket: Receiver<Sent>,
     pub talk: Talk,
@@ -380,7 +379,6 @@ impl World {
             .retain(|connection| !connection.socket.is_closed());
         self.connections.push(Connection {
             number: self.connections_made,
-            life: self.ledger.borrow().life,
             arrivals: Some(arrivals),
             socket: sent,
             talk: Talk::default(),
@@ -402,7 +400,6 @@ impl World {
             return;
         };
         let now = self.now();
-        let life = self.ledger.borrow().life;
         self.connections[index].up_is_due = false;
         for _ in 0..1 + self.dice.below(12) {
             let connection = &mut self.connections[index];
@@ -412,9 +409,12 @@ impl World {
             let Ok(sent) = connection.socket.try_recv() else {
                 return;
             };
-            connection.talk.is_current = connection.life == life && !connection.socket.is_closed();
             match sent {
-                Sent::Text(frame) => {
+                Sent::Text {
+                    frame,
+                    goes_two_ways,
+                } => {
+                    connection.talk.goes_two_ways = goes_two_ways;
                     tell!("{now:?} {number} → {}", frame.escape_ascii());
                     let says = self.server.receive(&mut connection.talk, &frame, now);
                     let is_new = connection.talk.hello_answered;
