@@ -49,7 +49,11 @@ impl Connection {
 
     /// Says goodbye, if the socket takes it soon, and ends.
     pub async fn close(self, clock: &Clock) {
-        let _ = self.control.try_send(Control::Close);
+        if self.control.try_send(Control::Close).is_err() {
+            // The server does not read. Without the goodbye in front of it the data lane would go on,
+            // and a final in it may be reported by now.
+            return;
+        }
         let patience = async {
             clock.sleep(GOODBYE_PATIENCE).await;
         };
@@ -175,4 +179,40 @@ async fn send_batches(
         context.tell(Input::Transmitted(id, out.batch)).await;
     }
     future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A connection whose control lane holds `waiting` frames and has room for one, and that lane.
+    fn connection(
+        executor: &smol::LocalExecutor<'_>,
+        waiting: usize,
+    ) -> (Connection, Receiver<Control>) {
+        let (control, lane) = async_channel::bounded(1);
+        for _ in 0..waiting {
+            control.try_send(Control::Ping).expect("there is room");
+        }
+        let connection = Connection {
+            id: 1,
+            control,
+            batches: async_channel::bounded(1).0,
+            task: executor.spawn(future::pending()),
+        };
+        (connection, lane)
+    }
+
+    #[test]
+    fn nothing_is_written_after_an_end_without_a_goodbye() {
+        let executor = smol::LocalExecutor::new();
+        let (full, _lane) = connection(&executor, 1);
+        let closed = future::block_on(future::poll_once(full.close(&Clock::Boot)));
+        assert!(closed.is_some(), "it goes on");
+
+        let (with_room, lane) = connection(&executor, 0);
+        let closed = future::block_on(future::poll_once(with_room.close(&Clock::Boot)));
+        assert!(closed.is_none(), "its goodbye is not waited for");
+        assert!(matches!(lane.try_recv(), Ok(Control::Close)));
+    }
 }
