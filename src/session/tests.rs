@@ -1,5 +1,6 @@
 //! The session against a scripted server and a store that is a list, in virtual time.
 
+mod found_by_simulation;
 mod network_return;
 mod rare_orders;
 mod simulation;

@@ -55,18 +55,28 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     ) {
         let key = id.key;
         let mut round_high = related;
+        let mut back_to: Option<C> = None;
         let never = failures.gap(id, highest_accepted);
         self.window.remove(|entry| {
             let Some(sequence) = entry.sequence().filter(|_| entry.lane() == id) else {
                 return false;
             };
             round_high = round_high.max(sequence);
-            never || sequence > highest_accepted
+            let goes = never || sequence > highest_accepted;
+            if goes {
+                back_to = Some(back_to.map_or(entry.at, |at| at.min(entry.at)));
+            }
+            goes
         });
         if never {
             failures.clear(id);
             self.give_up(id, stream);
             return;
+        }
+        // The answer to this round's question may lie further on, or never count because the server
+        // has named another gap by then: what is no longer on its way is met again all the same.
+        for at in back_to.into_iter().chain(self.unpark(id)) {
+            self.pass_over(at);
         }
         if let Some(lane) = self.lane_mut(id) {
             lane.flow = Flow::Rewinding;
