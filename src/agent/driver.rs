@@ -310,6 +310,12 @@ impl Driver {
             self.keep_buffers(batch);
             return;
         }
+        #[cfg(test)]
+        if let Some(outside) = &self.context.simulated {
+            for admitted in &admission {
+                outside.sends(&frames::candidate(&batch.messages[admitted.index]));
+            }
+        }
         let out = OutBatch {
             batch,
             admission,

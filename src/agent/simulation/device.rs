@@ -83,6 +83,8 @@ pub struct Device {
     /// Streams given up in the last turn of the store that dropped something, until the tasks have
     /// heard of that turn.
     dropped: Option<Vec<(AttemptKey, Stream)>>,
+    /// Streams that were being given up when the power went: a start may find that on the disk.
+    cut_short: Vec<(AttemptKey, Stream)>,
 }
 
 thread_local! {
@@ -147,6 +149,7 @@ impl Device {
             starting: false,
             may_break: true,
             dropped: None,
+            cut_short: Vec::new(),
         }
     }
 
@@ -168,8 +171,10 @@ impl Device {
             for attempt in &mut ledger.attempts {
                 attempt.reporting = false;
             }
-            // Where output may have to make room, a cut may be durable without an answer.
-            ledger.drop_chunks(&[], |key, stream, sequence| {
+            // A cut may be durable without an answer, if output may have to make room or its stream
+            // was being given up.
+            let given_up = std::mem::take(&mut self.cut_short);
+            ledger.drop_chunks(&given_up, |key, stream, sequence| {
                 store.waits(key, stream, sequence)
             });
         }
@@ -294,11 +299,12 @@ impl Device {
         if turn.has_dropped || !turn.given_up.is_empty() {
             tell!("{:?} {turn:?}", self.time.now());
         }
-        if self.disk.is_crashed() {
-            return true;
-        }
         for &(key, stream) in &turn.given_up {
             self.ledger.borrow_mut().give_up(key, stream);
+        }
+        if self.disk.is_crashed() {
+            self.cut_short = turn.given_up;
+            return true;
         }
         if turn.has_dropped {
             self.dropped = Some(turn.given_up);

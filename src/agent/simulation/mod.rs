@@ -3,6 +3,7 @@
 //!
 //! - [`world`]: one history; [`toggles`]: what may happen in it; [`trouble`]: what goes wrong.
 //! - [`device`]: the agent's lives; [`outside`]: what it reaches of the world; [`time`]: its clock.
+//! - [`flight`]: what it has sent and has no answer to.
 //! - [`server`] and [`hello`]: the control plane; [`ledger`]: what has really happened; [`rules`]:
 //!   what must hold of every frame.
 //!
@@ -11,6 +12,7 @@
 //! `HOSTLINK_AGENT_FIRST_SEED`. See `tests/simulator.md`.
 
 mod device;
+mod flight;
 mod hello;
 mod ledger;
 mod outside;
@@ -91,6 +93,23 @@ fn chunks_stored_and_given_up_in_one_turn_are_lost() {
 #[test]
 fn a_final_may_be_in_the_socket_when_its_report_begins() {
     history(2_007_100);
+}
+
+/// A chunk waits for room in the socket, and is acknowledged falsely or is part of a gap before it
+/// is there. The agent does not count it any more.
+#[test]
+fn what_was_answered_before_it_was_sent_takes_no_room_in_the_window() {
+    for seed in [10_018_129, 10_019_680, 20_004_444, 20_016_203] {
+        history(seed);
+    }
+}
+
+/// The power goes while a stream is given up. That may be on the disk by then.
+#[test]
+fn a_stream_may_be_given_up_when_the_power_goes() {
+    for seed in [10_004_116, 20_003_522, 20_026_431] {
+        history(seed);
+    }
 }
 
 #[test]

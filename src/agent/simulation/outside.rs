@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_channel::{Receiver, Sender};
 use futures_lite::future;
 
+use super::flight::Flight;
 use super::ledger::{self, Ledger};
 use super::server::AGENT_ID;
 use super::time::VirtualTime;
@@ -15,12 +16,13 @@ use crate::agent::outside::FrameReader;
 use crate::executor::{Cause, Controls, Ended, OutputStore, Spec, Stop, Tail, Usage};
 use crate::ids::Stream;
 use crate::limits::{
-    Chunk, ChunkBatch, ChunkBuffer, STORE_GIVE_UP, STORE_RETRY_DELAY, TASK_QUEUE_MAX, WINDOW_BYTES,
-    WINDOW_MESSAGES, WRITE_TIMEOUT,
+    Chunk, ChunkBatch, ChunkBuffer, STORE_GIVE_UP, STORE_RETRY_DELAY, STREAM_FAILURES_MAX,
+    TASK_QUEUE_MAX, WINDOW_BYTES, WINDOW_MESSAGES, WRITE_TIMEOUT,
 };
 use crate::net::{Control, Incoming, NetError, ReportOutcome};
 use crate::outbox::Cursor;
 use crate::outbox::simulated::{MARK_BYTES, SimDisk};
+use crate::session::delivery::Candidate;
 use crate::session::{LinkState, Now, Session};
 use crate::wire::envelope::Envelope;
 use crate::wire::http::{PolledTasks, Report};
@@ -47,6 +49,7 @@ pub struct Outside {
     /// When the session became active, while it is.
     pub active_since: Cell<Option<Now>>,
     turns: Cell<(Duration, u32)>,
+    flight: RefCell<Flight>,
 }
 
 thread_local! {
@@ -69,6 +72,7 @@ impl Outside {
             results,
             active_since: Cell::new(None),
             turns: Cell::default(),
+            flight: RefCell::default(),
         }
     }
 
@@ -145,12 +149,30 @@ impl Outside {
             _ => None,
         };
         self.active_since.set(since);
+        if since.is_none() {
+            self.flight.borrow_mut().clear();
+        }
         let turns = match self.turns.get() {
             (at, turns) if at == self.time.now() => turns + 1,
             _ => 0,
         };
         assert!(turns < TURNS_AT_ONCE_MAX, "a busy loop");
         self.turns.set((self.time.now(), turns));
+    }
+
+    /// The session lets this message go.
+    pub fn sends(&self, message: &Candidate<Cursor>) {
+        self.flight.borrow_mut().sends(message, self.time.now());
+    }
+
+    fn hears(&self, frame: &str) {
+        let ledger = self.ledger.borrow();
+        let gives_up = |key, stream: Stream| {
+            let attempt = &ledger.attempts[ledger.number(key)];
+            attempt.gaps_told[stream.index()] >= STREAM_FAILURES_MAX
+        };
+        let now = self.time.now();
+        self.flight.borrow_mut().hears(frame, now, gives_up);
     }
 
     /// Runs a script in the place of a process.
@@ -307,7 +329,10 @@ pub struct Line {
 impl FrameReader for Line {
     async fn next(&mut self) -> Result<Incoming, String> {
         match self.arrivals.recv().await {
-            Ok(Arrival::Text(text)) => Ok(Incoming::Text(text.into())),
+            Ok(Arrival::Text(text)) => {
+                self.outside.hears(&text);
+                Ok(Incoming::Text(text.into()))
+            }
             Ok(Arrival::Pong) => Ok(Incoming::Pong),
             Err(_) => Err("the connection was cut".to_owned()),
         }

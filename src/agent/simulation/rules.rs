@@ -1,12 +1,11 @@
 //! What must hold of every frame that the agent sends (PROTOCOL.md section 4).
 
 use std::cell::RefCell;
-use std::time::Duration;
 
 use super::ledger::{Ledger, fill};
 use super::server::{INCARNATION, Server, Talk};
 use crate::ids::{Ids, Stream};
-use crate::limits::{ACK_TIMEOUT, ChunkBuffer, WINDOW_BYTES, WINDOW_MESSAGES};
+use crate::limits::ChunkBuffer;
 use crate::wire::agent_message::{FinalPayload, ReceivedOutput};
 use crate::wire::{MessageId, Piece};
 
@@ -31,29 +30,6 @@ impl Server {
                 assert!(same, "two finals of attempt {number}: {first} and {text}");
             }
         }
-    }
-
-    /// Never more than the window is sent and unanswered.
-    pub(super) fn sent(
-        &self,
-        talk: &mut Talk,
-        number: usize,
-        piece: Piece,
-        bytes: usize,
-        now: Duration,
-    ) {
-        let too_old = |it: &(usize, Piece, usize, Duration)| now >= it.3 + ACK_TIMEOUT;
-        talk.in_flight
-            .retain(|it| !too_old(it) && (it.0, it.1) != (number, piece));
-        talk.in_flight.push((number, piece, bytes, now));
-        let bytes: usize = talk.in_flight.iter().map(|it| it.2).sum();
-        let fits = talk.in_flight.len() <= WINDOW_MESSAGES
-            && (bytes <= WINDOW_BYTES || talk.in_flight.len() == 1);
-        assert!(
-            fits,
-            "{} messages are sent and unanswered",
-            talk.in_flight.len()
-        );
     }
 
     /// PROTOCOL.md 4.4: what comes before this chunk was sent over this connection, or is over.

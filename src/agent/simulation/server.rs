@@ -41,8 +41,6 @@ pub struct Talk {
     /// Of each attempt and stream: all up to here was sent, or need not be.
     pub passed: Vec<[u64; 2]>,
     pub spoke: Vec<[bool; 2]>,
-    /// Sent and neither acknowledged nor refused by this end.
-    pub in_flight: Vec<(usize, Piece, usize, Duration)>,
     /// Offered over this connection although known: its final may come out of turn.
     pub offered_again: BTreeSet<usize>,
 }
@@ -130,8 +128,8 @@ impl Server {
 
     // ---- what the agent sends -----------------------------------------------------------------
 
-    /// A frame has arrived. `now` is for the age of what is in flight.
-    pub fn receive(&mut self, talk: &mut Talk, frame: &[u8], now: Duration) -> Says {
+    /// A frame has arrived.
+    pub fn receive(&mut self, talk: &mut Talk, frame: &[u8]) -> Says {
         let mut says = Says::new();
         let text = std::str::from_utf8(frame).expect("a text frame");
         let envelope = Envelope::decode(text, AGENT_ID).expect("a valid envelope");
@@ -153,19 +151,18 @@ impl Server {
                 let sequence = envelope.sequence.expect("output is numbered");
                 let output: ReceivedOutput = envelope.payload().expect("valid output");
                 check_id(&ids, &id, Piece::Output(output.stream, sequence));
-                self.output(talk, number, sequence, &output, id, now, &mut says);
+                self.output(talk, number, sequence, &output, id, &mut says);
             }
             "task.final" => {
                 let fin: FinalPayload<String> = envelope.payload().expect("a valid final");
                 check_id(&ids, &id, Piece::Final);
-                self.fin(talk, number, &fin, id, now, &mut says);
+                self.fin(talk, number, &fin, id, &mut says);
             }
             other => panic!("a frame of type {other}"),
         }
         says
     }
 
-    #[expect(clippy::too_many_arguments)]
     fn output(
         &mut self,
         talk: &mut Talk,
@@ -173,16 +170,12 @@ impl Server {
         sequence: u64,
         output: &ReceivedOutput,
         id: String,
-        now: Duration,
         says: &mut Says,
     ) {
         let stream = output.stream;
         let at = stream.index();
         let flagged = output.truncated_locally == Some(true);
-        let bytes = output.data.len();
-        let piece = Piece::Output(stream, sequence);
         check_content(&self.ledger.borrow(), number, stream, sequence, output);
-        self.sent(talk, number, piece, bytes, now);
         self.check_order(talk, number, stream, sequence);
         let is_hello_over = talk.hello_answered;
         assert!(is_hello_over, "output before hello_ack");
@@ -199,14 +192,13 @@ impl Server {
             if attempt.flags(stream, sequence) & ACCEPTED == 0 {
                 attempt.set(stream, sequence, REFUSED);
                 drop(ledger);
-                talk.in_flight.retain(|it| (it.0, it.1) != (number, piece));
                 return self.say(says, error("no", false, Some(id), None));
             }
         }
         let highest = self.known[number].accepted[at];
         let jumps = sequence > highest + 1;
         if jumps && (!flagged || (self.toggles.old && !self.healed)) {
-            return self.gap(talk, number, stream, highest, id, says);
+            return self.gap(number, stream, highest, id, says);
         }
         if jumps {
             let ledger = self.ledger.borrow();
@@ -219,7 +211,7 @@ impl Server {
         }
         if self.trouble(self.toggles.false_gaps, 10) {
             let false_highest = self.dice.below(sequence + 3);
-            return self.gap(talk, number, stream, false_highest, id, says);
+            return self.gap(number, stream, false_highest, id, says);
         }
         let known = &mut self.known[number];
         known.accepted[at] = highest.max(sequence);
@@ -243,12 +235,6 @@ impl Server {
         attempt.set(stream, sequence, RELEASED);
         (1..=through.unwrap_or(0)).for_each(|it| attempt.set(stream, it, flag));
         drop(ledger);
-        let through_in_flight = through.unwrap_or(0);
-        talk.in_flight.retain(|it| {
-            it.0 != number
-                || !matches!(it.1, Piece::Output(of, n)
-                    if of == stream && (n == sequence || n <= through_in_flight))
-        });
         self.ack(id, "task.output", through, says);
     }
 
@@ -276,15 +262,7 @@ impl Server {
         self.say(says, ack);
     }
 
-    fn gap(
-        &mut self,
-        talk: &mut Talk,
-        number: usize,
-        stream: Stream,
-        highest: u64,
-        id: String,
-        says: &mut Says,
-    ) {
+    fn gap(&mut self, number: usize, stream: Stream, highest: u64, id: String, says: &mut Says) {
         let times = 1 + u64::from(self.trouble(self.toggles.repeats_gaps, 2)) * self.dice.below(3);
         for _ in 0..times {
             let mut ledger = self.ledger.borrow_mut();
@@ -293,9 +271,6 @@ impl Server {
             let gap = error(OUTPUT_SEQUENCE_GAP, true, Some(id.clone()), Some(highest));
             self.say(says, gap);
         }
-        talk.in_flight.retain(|it| {
-            it.0 != number || !matches!(it.1, Piece::Output(of, n) if of == stream && n > highest)
-        });
     }
 
     fn fin(
@@ -304,17 +279,14 @@ impl Server {
         number: usize,
         fin: &FinalPayload<String>,
         id: String,
-        now: Duration,
         says: &mut Says,
     ) {
-        let bytes = fin.output.as_ref().map_or(0, String::len);
         let out_of_turn = talk.offered_again.contains(&number);
         assert!(
             !talk.goes_two_ways || out_of_turn,
             "the final of attempt {number} goes two ways"
         );
         if !out_of_turn {
-            self.sent(talk, number, Piece::Final, bytes, now);
             self.check_output_first(talk, number);
         }
         self.see_final(number, fin);
@@ -326,8 +298,6 @@ impl Server {
         }
         if !self.known[number].has_final && self.trouble(self.toggles.refuses, 16) {
             self.ledger.borrow_mut().attempts[number].final_refused = true;
-            talk.in_flight
-                .retain(|it| (it.0, it.1) != (number, Piece::Final));
             return self.say(says, error("no", false, Some(id), None));
         }
         self.known[number].has_final = true;
@@ -336,8 +306,6 @@ impl Server {
             return;
         }
         self.ledger.borrow_mut().attempts[number].final_released = true;
-        talk.in_flight
-            .retain(|it| (it.0, it.1) != (number, Piece::Final));
         self.ack(id, "task.final", None, says);
     }
 

@@ -416,7 +416,7 @@ impl World {
                 } => {
                     connection.talk.goes_two_ways = goes_two_ways;
                     tell!("{now:?} {number} → {}", frame.escape_ascii());
-                    let says = self.server.receive(&mut connection.talk, &frame, now);
+                    let says = self.server.receive(&mut connection.talk, &frame);
                     let is_new = connection.talk.hello_answered;
                     self.will_say(number, says);
                     if is_new {

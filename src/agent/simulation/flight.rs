@@ -1,0 +1,210 @@
+//! The window, counted at the agent's end and not by the session: a message is in flight from its
+//! admission until the agent hears an answer to it, or repeats its stream.
+//!
+//! The server's end cannot tell. What it said was perhaps not heard yet when a message was sent, and
+//! a message may arrive behind an answer that the agent has heard: a false acknowledgement, or the
+//! gap error about a chunk before it.
+
+use std::time::Duration;
+
+use super::server::{AGENT_ID, INCARNATION};
+use crate::ids::{AttemptKey, Stream};
+use crate::limits::{ACK_TIMEOUT, WINDOW_BYTES, WINDOW_MESSAGES};
+use crate::session::delivery::Candidate;
+use crate::wire::server_message::OUTPUT_SEQUENCE_GAP;
+use crate::wire::{MessageId, Piece, ServerMessage};
+
+#[derive(Debug)]
+struct Unanswered {
+    key: AttemptKey,
+    piece: Piece,
+    bytes: usize,
+    sent_at: Duration,
+    /// When the server last said something of its stream.
+    stream_heard_at: Duration,
+}
+
+impl Unanswered {
+    fn lane(&self) -> (AttemptKey, Option<Stream>) {
+        lane(self.key, self.piece)
+    }
+
+    fn is_after(&self, highest: u64) -> bool {
+        matches!(self.piece, Piece::Output(_, sequence) if sequence > highest)
+    }
+}
+
+fn lane(key: AttemptKey, piece: Piece) -> (AttemptKey, Option<Stream>) {
+    match piece {
+        Piece::Output(stream, _) => (key, Some(stream)),
+        _ => (key, None),
+    }
+}
+
+/// What one session has in flight.
+#[derive(Debug, Default)]
+pub struct Flight(Vec<Unanswered>);
+
+impl Flight {
+    /// The session is over.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The agent sends this: the window is kept.
+    pub fn sends<C>(&mut self, message: &Candidate<C>, now: Duration) {
+        let (key, piece) = (message.key, message.piece);
+        self.expire(now);
+        self.0.retain(|it| (it.key, it.piece) != (key, piece));
+        self.0.push(Unanswered {
+            key,
+            piece,
+            bytes: message.bytes,
+            sent_at: now,
+            stream_heard_at: now,
+        });
+        let messages = self.0.len();
+        let bytes: usize = self.0.iter().map(|it| it.bytes).sum();
+        assert!(
+            messages <= WINDOW_MESSAGES && (bytes <= WINDOW_BYTES || messages == 1),
+            "{messages} messages of {bytes} bytes are sent and unanswered"
+        );
+    }
+
+    /// What has no answer for so long is sent again: alone, or with all of its stream if the server
+    /// says nothing of it.
+    fn expire(&mut self, now: Duration) {
+        let silent = |it: &&Unanswered| it.stream_heard_at + ACK_TIMEOUT <= now;
+        let repeated: Vec<_> = self.0.iter().filter(silent).map(Unanswered::lane).collect();
+        self.0
+            .retain(|it| it.sent_at + ACK_TIMEOUT > now && !repeated.contains(&it.lane()));
+    }
+
+    /// The agent hears this. `gives_up` tells whether a stream is one that a gap error may end.
+    pub fn hears(
+        &mut self,
+        frame: &str,
+        now: Duration,
+        gives_up: impl Fn(AttemptKey, Stream) -> bool,
+    ) {
+        let about = |id: &str| {
+            let id = MessageId::parse(id).filter(|id| id.incarnation == INCARNATION)?;
+            Some((id.key, id.piece))
+        };
+        match ServerMessage::decode(frame, AGENT_ID) {
+            Ok(ServerMessage::Ack(ack)) => {
+                let Some((key, piece)) = about(&ack.acked_message_id) else {
+                    return;
+                };
+                let through = ack.highest_output_sequence.unwrap_or(0);
+                self.0.retain(|it| {
+                    let mine = it.lane() == lane(key, piece);
+                    let is_output = matches!(it.piece, Piece::Output(..));
+                    !(mine && (it.piece == piece || is_output && !it.is_after(through)))
+                });
+                self.heard_of(key, piece, now);
+            }
+            Ok(ServerMessage::Error(error)) => {
+                let Some((key, piece)) = error.related_message_id.as_deref().and_then(about) else {
+                    return;
+                };
+                match (piece, error.highest_accepted_sequence) {
+                    _ if !error.retryable => self.0.retain(|it| (it.key, it.piece) != (key, piece)),
+                    (Piece::Output(stream, _), Some(highest))
+                        if error.code == OUTPUT_SEQUENCE_GAP =>
+                    {
+                        let ends = gives_up(key, stream);
+                        self.0.retain(|it| {
+                            it.lane() != (key, Some(stream)) || !(ends || it.is_after(highest))
+                        });
+                    }
+                    _ => self.heard_of(key, piece, now),
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn heard_of(&mut self, key: AttemptKey, piece: Piece, now: Duration) {
+        for it in &mut self.0 {
+            if it.lane() == lane(key, piece) {
+                it.stream_heard_at = now;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::Timestamp;
+    use crate::wire::server_message::{Ack, ServerError};
+
+    const NOW: Duration = Duration::from_secs(1);
+
+    fn key() -> AttemptKey {
+        AttemptKey::of("t0", "a")
+    }
+
+    fn id(sequence: u64) -> String {
+        format!("{INCARNATION}-{}-o-{sequence}", key())
+    }
+
+    fn send(flight: &mut Flight, sequences: std::ops::RangeInclusive<u64>, now: Duration) {
+        for sequence in sequences {
+            let candidate = Candidate {
+                at: (),
+                key: key(),
+                piece: Piece::Output(Stream::Stdout, sequence),
+                bytes: 1,
+                after_hole: false,
+            };
+            flight.sends(&candidate, now);
+        }
+    }
+
+    fn hear(flight: &mut Flight, message: &ServerMessage) {
+        let mut frame = Vec::new();
+        message.encode("s1", AGENT_ID, Timestamp(0), &mut frame);
+        let frame = std::str::from_utf8(&frame).expect("JSON");
+        flight.hears(frame, NOW, |_, _| false);
+    }
+
+    fn error(code: &str, sequence: u64, highest: Option<u64>) -> ServerMessage {
+        ServerMessage::Error(ServerError {
+            code: code.into(),
+            message: String::new(),
+            retryable: true,
+            related_message_id: Some(id(sequence)),
+            highest_accepted_sequence: highest,
+        })
+    }
+
+    #[test]
+    #[should_panic(expected = "65 messages of 65 bytes are sent and unanswered")]
+    fn more_than_the_window_is_noticed() {
+        let mut flight = Flight::default();
+        send(&mut flight, 1..=64, NOW);
+        hear(&mut flight, &error("busy", 1, None));
+        send(&mut flight, 65..=65, NOW);
+    }
+
+    #[test]
+    fn answers_and_repeats_make_room() {
+        let mut flight = Flight::default();
+        send(&mut flight, 1..=64, NOW);
+        let ack = Ack {
+            acked_message_id: id(40),
+            acked_type: "task.output".into(),
+            task_id: None,
+            execution_attempt_id: None,
+            highest_output_sequence: Some(10),
+        };
+        hear(&mut flight, &ServerMessage::Ack(ack));
+        assert_eq!(flight.0.len(), 53);
+        hear(&mut flight, &error(OUTPUT_SEQUENCE_GAP, 61, Some(60)));
+        assert_eq!(flight.0.len(), 49);
+        send(&mut flight, 61..=61, NOW + ACK_TIMEOUT);
+        assert_eq!(flight.0.len(), 1);
+    }
+}
