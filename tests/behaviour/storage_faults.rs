@@ -65,7 +65,7 @@ fn survives(faults: &str, name: &str, tells: Option<&str>) {
 #[test]
 fn a_full_disk_in_the_middle_costs_nothing() {
     survives(
-        "pwrite64:error=ENOSPC:when=12..31",
+        "pwrite64:error=ENOSPC:when=7..26",
         "full",
         Some("output waits"),
     );
@@ -94,7 +94,7 @@ fn a_disk_that_stays_broken_does_not_hold_up_a_stop() {
     let server = ScriptedServer::start();
     let mut agent = Agent::prepare(&server);
     agent.set("HOSTLINK_TASK_KILL_GRACE", "200ms");
-    agent.inject("pwrite64:error=EIO:when=12+");
+    agent.inject("pwrite64:error=EIO:when=7+");
     agent.start_again();
     server.link();
     let task = printing(&agent, "broken");
