@@ -88,7 +88,7 @@ def _data_partition(work: str) -> bytes:
     path = os.path.join(work, "data.ext4")
     # Complete, so that the device has no rest of this to write.
     whole = "lazy_itable_init=0,lazy_journal_init=0"
-    _run(["mke2fs", "-q", "-t", "ext4", "-E", whole, "-L", "data", path, f"{DATA_MIB}M"])
+    _run(["mke2fs", "-q", "-t", "ext4", "-b", "1024", "-E", whole, "-L", "data", path, f"{DATA_MIB}M"])
     with open(path, "rb") as file:
         content = file.read()
     os.unlink(path)
