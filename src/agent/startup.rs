@@ -158,19 +158,7 @@ async fn serve(
     begun: Duration,
 ) {
     let config = &context.config;
-    let settings = session::Settings {
-        agent_id: context.agent_id.clone(),
-        websocket: config.ws_enabled,
-        results: config.ws_results_enabled,
-        delivery: config.ws_delivery_enabled,
-        reconnect_min: config.ws_reconnect_min,
-        reconnect_max: config.ws_reconnect_max,
-        ping_interval: config.ws_ping_interval,
-        fallback_threshold: config.polling_fallback_threshold,
-        poll_interval: config.task_poll_interval,
-        heartbeat_interval: config.heartbeat_interval,
-        concurrency: config.task_concurrency,
-    };
+    let settings = session_settings(config, context.agent_id.clone());
     let incarnation = context.outbox.incarnation().to_string();
     let now = boot_time().saturating_sub(begun);
     let mut session = Box::new(Session::new(settings, incarnation, random_seed(), now));
@@ -187,6 +175,23 @@ async fn serve(
         future::pending().await
     };
     driver.run(to_driver).or(reopened).await;
+}
+
+/// What the session needs to know of the settings.
+pub(super) fn session_settings(config: &Config, agent_id: String) -> session::Settings {
+    session::Settings {
+        agent_id,
+        websocket: config.ws_enabled,
+        results: config.ws_results_enabled,
+        delivery: config.ws_delivery_enabled,
+        reconnect_min: config.ws_reconnect_min,
+        reconnect_max: config.ws_reconnect_max,
+        ping_interval: config.ws_ping_interval,
+        fallback_threshold: config.polling_fallback_threshold,
+        poll_interval: config.task_poll_interval,
+        heartbeat_interval: config.heartbeat_interval,
+        concurrency: config.task_concurrency,
+    }
 }
 
 /// What `status` is told, from the opened outbox to the end.

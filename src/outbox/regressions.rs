@@ -3,19 +3,11 @@
 use super::engine::Engine;
 use super::log::{Segment, file_name};
 use super::model::{Tester, command, ids};
-use super::sim::{Fault, Keep, Random};
+use super::sim::{Fault, KEEPS, Keep, Random};
 use super::types::*;
 use crate::ids::Stream;
 
 const OUT: Stream = Stream::Stdout;
-const KEEPS: [Keep; 6] = [
-    Keep::Nothing,
-    Keep::Everything,
-    Keep::FirstHalf,
-    Keep::LastHalf,
-    Keep::Some(7),
-    Keep::Pages(7),
-];
 
 /// The power goes and comes back: what was promised is there.
 fn power_cut(tester: &mut Tester, keep: Keep) {

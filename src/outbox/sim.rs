@@ -93,6 +93,16 @@ pub enum Keep {
     Pages(u64),
 }
 
+/// One of each kind.
+pub const KEEPS: [Keep; 6] = [
+    Keep::Nothing,
+    Keep::Everything,
+    Keep::FirstHalf,
+    Keep::LastHalf,
+    Keep::Some(7),
+    Keep::Pages(7),
+];
+
 /// What goes wrong at a chosen call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {

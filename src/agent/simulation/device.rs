@@ -18,6 +18,7 @@ use crate::agent::clock::Clock;
 use crate::agent::clock_floor::ClockFloor;
 use crate::agent::driver::{Driver, Input, queued_tasks};
 use crate::agent::notify::Notifier;
+use crate::agent::startup::session_settings;
 use crate::config::{self, Config};
 use crate::executor::host::Host;
 use crate::ids::{AttemptKey, Incarnation, Stream};
@@ -118,19 +119,7 @@ impl Device {
             seconds(dice.pick(&[5, 30, if toggles.without_channel { 5 } else { 0 }]));
         config.task_concurrency = 1 + dice.below(3) as usize;
         config.task_kill_grace = seconds(dice.pick(&[0, 10]));
-        let settings = Settings {
-            agent_id: AGENT_ID.into(),
-            websocket: config.ws_enabled,
-            results: config.ws_results_enabled,
-            delivery: config.ws_delivery_enabled,
-            reconnect_min: config.ws_reconnect_min,
-            reconnect_max: config.ws_reconnect_max,
-            ping_interval: config.ws_ping_interval,
-            fallback_threshold: config.polling_fallback_threshold,
-            poll_interval: config.task_poll_interval,
-            heartbeat_interval: config.heartbeat_interval,
-            concurrency: config.task_concurrency,
-        };
+        let settings = session_settings(&config, AGENT_ID.into());
         let disk = SimDisk::default();
         disk.look_for_marks();
         WALL_MS.set(1_000_000);

@@ -1,7 +1,7 @@
 //! A time in memory: the disk cannot be used, and when it can, all moves there.
 
 use super::super::moving::Source;
-use super::super::sim::{Fault, Keep, Random};
+use super::super::sim::{Fault, KEEPS, Keep, Random};
 use super::{Known, Tester, ids};
 use crate::ids::{Incarnation, Stream};
 
@@ -112,15 +112,6 @@ impl Tester {
         self.check();
     }
 }
-
-const KEEPS: [Keep; 6] = [
-    Keep::Nothing,
-    Keep::Everything,
-    Keep::FirstHalf,
-    Keep::LastHalf,
-    Keep::Some(7),
-    Keep::Pages(7),
-];
 
 /// A disk with something on it, and a memory with attempts in every state.
 fn both() -> (Tester, Tester) {
