@@ -8,8 +8,9 @@ use hyper::{Method, Request};
 
 use super::auth::{self, Signed};
 use super::body::{self, Answer};
+use super::commits::Batch;
 use super::delivery::{FinalVerdict, Progress};
-use super::hub::{Batch, Hub, Refusal};
+use super::hub::{Hub, Refusal};
 use super::journal::{Header, Kind};
 use super::operator_types::TaskResult;
 use super::store::AgentRecord;
@@ -214,6 +215,8 @@ async fn report(
         .flatten()
         .ok_or_else(no_task)?;
     let mut batch = Batch::default();
+    // Also a repeat waits: the first one may be on its way to the disk.
+    hub.touch(&mut batch, task_id);
     match verdict {
         FinalVerdict::Store => {
             let payload = serde_json::to_vec(&result).expect("a result is JSON");
@@ -228,7 +231,6 @@ async fn report(
             log::error!("task {task_id}: agent {agent_id} reports another result than before");
         }
     }
-    // Also a repeat waits: the first one may be on its way to the disk.
     let committed = hub.commit_and_wait(batch).await;
     committed.map_err(|error| (503, error))?;
     Ok(body::json(&serde_json::json!({"message": "ok"})))

@@ -3,8 +3,9 @@
 
 use std::collections::HashSet;
 
+use super::commits::Batch;
 use super::delivery::Progress;
-use super::hub::{Batch, Hub};
+use super::hub::Hub;
 use super::journal::{Header, Kind};
 use super::operator_types::TaskResult;
 use super::store;
@@ -73,6 +74,8 @@ pub async fn answer(
             continue;
         };
         known.insert(mention.task_id.to_owned());
+        // The answer says what is held here of it.
+        hub.touch(&mut batch, mention.task_id);
         if progress < mention.progress {
             let kind = match mention.progress {
                 Progress::Received | Progress::Pending => Kind::Received,

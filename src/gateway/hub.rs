@@ -3,8 +3,10 @@
 //! Everything runs on one thread, so the state is a `RefCell` that is borrowed for the length of
 //! one function and never over an await. A change to an attempt is staged (applied in memory and
 //! encoded), committed by the storage thread, and only then visible to operators and acknowledged.
-//! The order of staging is the order of commits, whoever stages: a message that was found to be a
-//! repeat is acknowledged behind the commit of the message that it repeats.
+//! The order of staging is the order of commits, whoever stages and whoever commits first: what is
+//! staged of an attempt lies with the attempt, and a commit takes all of it. So a message that was
+//! found to be a repeat is acknowledged behind the commit of the message that it repeats, also if
+//! that one came by another session or request.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -17,11 +19,11 @@ use smol::LocalExecutor;
 use smol::net::TcpStream;
 
 use super::auth::{self, NonceVerdict, Nonces, Signed};
-use super::delivery::{self, Attempt, Progress, TaskRecord};
-use super::journal::Header;
+use super::commits::Commit;
+use super::delivery::{Attempt, Progress, TaskRecord};
 use super::operator_types::{AgentInfo, Counters};
 use super::settings::Options;
-use super::store::{AgentRecord, Answer, Append, Loaded, Opened, Store};
+use super::store::{AgentRecord, Answer, Loaded, Opened, Store};
 use crate::ids::AttemptKey;
 use crate::limits::{
     GATEWAY_AGENTS_MAX, GATEWAY_ENDED_ATTEMPTS_MAX, GATEWAY_OPEN_COMMAND_BYTES_MAX,
@@ -55,31 +57,31 @@ pub struct Agent {
 /// An attempt in memory.
 pub struct Live {
     pub attempt: Attempt,
-    key: AttemptKey,
+    pub(super) key: AttemptKey,
+    /// Another one each time that the attempt gets into memory: see [`super::commits`].
+    pub(super) number: u64,
+    /// Records that are staged and not yet handed to the storage thread.
+    pub(super) staged: Vec<u8>,
     /// Length of the journal with all that is staged …
-    appended: u64,
+    pub(super) appended: u64,
     /// … and with all that is durable.
     pub durable: u64,
     /// Whether an agent may have got to know of it.
     pub offered: bool,
-    watchers: Vec<Sender<()>>,
+    pub(super) watchers: Vec<Sender<()>>,
 }
 
 #[derive(Default)]
-struct State {
+pub(super) struct State {
     agents: HashMap<String, Agent>,
     by_fingerprint: HashMap<String, String>,
-    attempts: HashMap<String, Live>,
+    pub(super) attempts: HashMap<String, Live>,
     /// Attempts in memory that have ended, oldest first.
-    ended: VecDeque<String>,
+    pub(super) ended: VecDeque<String>,
     open_command_bytes: usize,
-}
-
-/// Records that are staged and not yet handed to the storage thread.
-#[derive(Default)]
-pub struct Batch {
-    appends: Vec<(String, Append)>,
-    pub bytes: usize,
+    next_number: u64,
+    /// Number of the youngest attempt in memory that an append has failed for.
+    pub(super) failed_up_to: u64,
 }
 
 /// Why a request of an agent is refused: status and the `error` of the body.
@@ -93,7 +95,11 @@ pub struct Hub {
     /// Closed when the gateway stops.
     pub stopping: Receiver<()>,
     executor: Weak<LocalExecutor<'static>>,
-    state: RefCell<State>,
+    pub(super) state: RefCell<State>,
+    /// Batches that nobody has handed over yet, at most one a session and request.
+    pub(super) commits: RefCell<VecDeque<Commit>>,
+    /// Somebody does so. Not two at a time: they might overtake each other before a full queue.
+    pub(super) hands_over: Cell<bool>,
     next_session: Cell<u64>,
     next_task: Cell<u64>,
 }
@@ -127,6 +133,8 @@ impl Hub {
             stopping,
             executor,
             state: RefCell::new(state),
+            commits: RefCell::default(),
+            hands_over: Cell::new(false),
             next_session: Cell::new(1),
             next_task: Cell::new(next_task),
         }
@@ -376,81 +384,6 @@ impl Hub {
         tasks.iter().map(|task| task.task_id.clone()).collect()
     }
 
-    /// Applies a record to a task in memory and adds it to `batch`.
-    pub fn stage(&self, batch: &mut Batch, task_id: &str, header: Header, payload: &[u8]) {
-        let mut state = self.state.borrow_mut();
-        let Some(live) = state.attempts.get_mut(task_id) else {
-            return;
-        };
-        let was_open = live.attempt.result.is_none();
-        let bytes = usize::try_from(header.record_bytes()).unwrap_or(usize::MAX);
-        let at = match batch.appends.iter().position(|(id, append)| {
-            id == task_id && append.offset + append.records.len() as u64 == live.appended
-        }) {
-            Some(at) => at,
-            None => {
-                let append = Append {
-                    key: live.key,
-                    offset: live.appended,
-                    records: Vec::with_capacity(bytes),
-                };
-                batch.appends.push((task_id.to_owned(), append));
-                batch.appends.len() - 1
-            }
-        };
-        let records = &mut batch.appends[at].1.records;
-        delivery::record(&mut live.attempt, records, header, payload);
-        live.appended += header.record_bytes();
-        batch.bytes += bytes;
-        if was_open && live.attempt.result.is_some() {
-            state.end(task_id);
-        }
-    }
-
-    /// Makes a batch durable. It goes on even if the receiver is dropped.
-    pub fn commit(self: &Rc<Hub>, batch: Batch) -> Receiver<Answer<()>> {
-        let (answer, receive) = async_channel::bounded(1);
-        let hub = self.clone();
-        self.spawn(async move {
-            let (tasks, appends): (Vec<_>, Vec<_>) = batch
-                .appends
-                .into_iter()
-                .map(|(task_id, append)| {
-                    let end = append.offset + append.records.len() as u64;
-                    ((task_id, end), append)
-                })
-                .unzip();
-            let result = hub.store.append(appends).await;
-            let ended = hub.state.borrow_mut().settle(&tasks, &result);
-            for task_id in ended {
-                hub.store.end_task(&task_id).await;
-            }
-            if result.is_err() {
-                hub.reload(&tasks).await;
-            }
-            // Its session may have ended meanwhile.
-            let _ = answer.try_send(result);
-        });
-        receive
-    }
-
-    /// Memory was ahead of the journals of these tasks and let go of them.
-    async fn reload(&self, tasks: &[(String, u64)]) {
-        for (task_id, _) in tasks {
-            if let Err(error) = self.load(task_id).await {
-                log::error!("task {task_id} is not offered before a restart: {error}");
-            }
-        }
-    }
-
-    /// [`Hub::commit`] for those who wait at once.
-    pub async fn commit_and_wait(self: &Rc<Hub>, batch: Batch) -> Answer<()> {
-        self.commit(batch)
-            .recv()
-            .await
-            .map_err(|_| "the gateway is stopping".to_owned())?
-    }
-
     /// Wake-ups for everything that becomes durable of a task in memory.
     pub fn watch(&self, task_id: &str) -> Option<Receiver<()>> {
         self.with_task(task_id, |live| {
@@ -506,8 +439,11 @@ impl State {
         } else {
             self.ended.push_back(task_id.clone());
         }
+        self.next_number += 1;
         let live = Live {
             key: task.key(),
+            number: self.next_number,
+            staged: Vec::new(),
             attempt: loaded.attempt,
             appended: loaded.length,
             durable: loaded.length,
@@ -519,13 +455,13 @@ impl State {
     }
 
     /// The final of a task was staged.
-    fn end(&mut self, task_id: &str) {
+    pub(super) fn end(&mut self, task_id: &str) {
         self.close_open(task_id);
         self.ended.push_back(task_id.to_owned());
         self.forget_ended(task_id);
     }
 
-    fn close_open(&mut self, task_id: &str) {
+    pub(super) fn close_open(&mut self, task_id: &str) {
         if let Some(live) = self.attempts.get(task_id) {
             let task = &live.attempt.task;
             let agent = self.agents.get_mut(&task.agent_id);
@@ -554,32 +490,5 @@ impl State {
                 busy += 1;
             }
         }
-    }
-
-    /// What became of a commit: journals up to which end. Returns the tasks that have ended.
-    fn settle(&mut self, tasks: &[(String, u64)], result: &Answer<()>) -> Vec<String> {
-        let mut ended = Vec::new();
-        for (task_id, end) in tasks {
-            if result.is_err() {
-                // Memory is ahead of the journal: see `Hub::reload`.
-                self.close_open(task_id);
-                self.ended.retain(|id| id != task_id);
-                self.attempts.remove(task_id);
-                continue;
-            }
-            let Some(live) = self.attempts.get_mut(task_id) else {
-                continue;
-            };
-            let newly = live.durable < *end;
-            live.durable = live.durable.max(*end);
-            for watcher in &live.watchers {
-                // Full: it is going to look anyway.
-                let _ = watcher.try_send(());
-            }
-            if newly && live.durable == live.appended && live.attempt.result.is_some() {
-                ended.push(task_id.clone());
-            }
-        }
-        ended
     }
 }

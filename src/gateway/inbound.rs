@@ -4,8 +4,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use std::borrow::Cow;
 
+use super::commits::Batch;
 use super::delivery::{Chunk, FinalVerdict, OutputVerdict, Progress};
-use super::hub::{Batch, Hub};
+use super::hub::Hub;
 use super::journal::{Header, Kind};
 use super::operator_types::TaskResult;
 use crate::ids::{Ids, Stream};
@@ -57,6 +58,8 @@ pub fn take(hub: &Hub, agent_id: &str, envelope: &Envelope<'_>, batch: &mut Batc
         let why = format!("attempt {ids} is not one of this agent's");
         return refuse(agent_id, envelope, "unknown_attempt", why);
     };
+    // Also a repeat is acknowledged when what it repeats is durable.
+    hub.touch(batch, &ids.task);
     let mut outcome = match message {
         ReceivedMessage::Received(_) => {
             if progress < Progress::Received {

@@ -14,6 +14,7 @@
 mod agents_api;
 mod auth;
 mod body;
+mod commits;
 mod delivery;
 mod hello;
 mod hub;

@@ -47,6 +47,9 @@ pub struct Loaded {
     pub length: u64,
 }
 
+/// What is said to those who ask after the end of the storage thread.
+pub const STOPPED: &str = "the storage thread has stopped";
+
 /// Records to be appended to one journal, which must be `offset` bytes long by then: so nothing
 /// is ever appended behind a hole that a failed append left.
 #[derive(Debug)]
@@ -141,8 +144,9 @@ impl Store {
             .await
     }
 
-    pub async fn append(&self, appends: Vec<Append>) -> Answer<()> {
-        self.ask(|answer| Command::Append(appends, answer)).await
+    /// Returns once the storage thread is going to do it, after all that it was asked before.
+    pub async fn append(&self, appends: Vec<Append>) -> Result<Receiver<Answer<()>>, String> {
+        self.start(|answer| Command::Append(appends, answer)).await
     }
 
     /// Reads an attempt from its journal; `None` if there is no such task.
@@ -171,13 +175,20 @@ impl Store {
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Sender<Answer<T>>) -> Command) -> Answer<T> {
+        let answer = self.start(command).await?;
+        answer.recv().await.map_err(|_| STOPPED.to_owned())?
+    }
+
+    async fn start<T>(
+        &self,
+        command: impl FnOnce(Sender<Answer<T>>) -> Command,
+    ) -> Result<Receiver<Answer<T>>, String> {
         let (answer, receive) = async_channel::bounded(1);
-        let stopped = || "the storage thread has stopped".to_owned();
         self.commands
             .send(command(answer))
             .await
-            .map_err(|_| stopped())?;
-        receive.recv().await.map_err(|_| stopped())?
+            .map_err(|_| STOPPED.to_owned())?;
+        Ok(receive)
     }
 }
 

@@ -18,8 +18,9 @@ use futures_lite::{FutureExt, StreamExt, future};
 use smol::Timer;
 use smol::net::TcpStream;
 
+use super::commits::Batch;
 use super::hello;
-use super::hub::{Batch, Hub};
+use super::hub::Hub;
 use super::inbound::{self, Reply};
 use super::peer::Peer;
 use super::store;

@@ -1,5 +1,6 @@
 //! The gateway over real loopback sockets, against a small scripted device.
 
+mod commits;
 mod http;
 mod operator;
 mod session;

@@ -3,9 +3,9 @@
 use super::support::{Directory, run};
 use crate::gateway::delivery::TaskRecord;
 use crate::gateway::journal::{self, Header, Kind};
-use crate::gateway::store::{Append, Opened, Store};
+use crate::gateway::store::{Answer, Append, Opened, Store};
 
-fn task() -> TaskRecord {
+pub fn task() -> TaskRecord {
     TaskRecord {
         task_id: "t".into(),
         attempt_id: "a".into(),
@@ -18,23 +18,25 @@ fn task() -> TaskRecord {
     }
 }
 
-fn open(directory: &Directory) -> Opened {
+pub fn open(directory: &Directory) -> Opened {
     Store::open(&directory.0, None, true).unwrap()
 }
 
-async fn close(opened: Opened) {
+pub async fn close(opened: Opened) {
     opened.store.close();
     assert!(opened.failure.recv().await.is_err(), "it ended well");
 }
 
-fn append(offset: u64, kind: Kind) -> Vec<Append> {
+async fn append(store: &Store, offset: u64, kind: Kind) -> Answer<()> {
     let mut records = Vec::new();
     journal::append(&mut records, Header::plain(kind, b""), b"");
-    vec![Append {
+    let append = Append {
         key: task().key(),
         offset,
         records,
-    }]
+    };
+    let done = store.append(vec![append]).await?;
+    done.recv().await.unwrap()
 }
 
 #[test]
@@ -46,10 +48,10 @@ fn nothing_is_appended_behind_a_hole() {
         let length = store.create_task(task()).await.unwrap();
         assert!(store.create_task(task()).await.is_err(), "its id is taken");
         // As if an append of one byte before this one had failed.
-        let hole = store.append(append(length + 1, Kind::Started)).await;
+        let hole = append(store, length + 1, Kind::Started).await;
         assert!(hole.is_err());
-        store.append(append(length, Kind::Received)).await.unwrap();
-        let repeated = store.append(append(length, Kind::Started)).await;
+        append(store, length, Kind::Received).await.unwrap();
+        let repeated = append(store, length, Kind::Started).await;
         assert!(repeated.is_err());
         let loaded = store.load("t").await.unwrap().unwrap();
         assert_eq!(loaded.length, length + 32);
@@ -79,7 +81,8 @@ fn only_tasks_without_a_final_are_read_at_start() {
             records,
         };
         // The index is not told: as if the power had gone right after the journal was synced.
-        opened.store.append(vec![last]).await.unwrap();
+        let done = opened.store.append(vec![last]).await.unwrap();
+        done.recv().await.unwrap().unwrap();
         close(opened).await;
 
         for _ in 0..2 {
