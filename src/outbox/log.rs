@@ -13,6 +13,8 @@ use crate::ids::{AttemptKey, Incarnation, Stream};
 
 /// Emptied segment files that are kept for reuse; the first of them is the spare.
 pub(super) const FREE_FILES_MAX: usize = 16;
+/// While there are so many files that cannot be removed, no new one is made.
+const LEFTOVERS_MAX: usize = 2;
 
 /// The chunks of one stream in one segment.
 #[derive(Debug, Clone)]
@@ -109,6 +111,9 @@ pub(super) struct Log {
     active: Option<Box<dyn DiskFile>>,
     /// Files without content, of standard length.
     pub free: Vec<u64>,
+    /// Files without content that could not be removed, with their lengths: they take up room
+    /// until they can be.
+    leftovers: Vec<(u64, u64)>,
     next_generation: u64,
     next_name: u64,
     next_unit: u64,
@@ -143,6 +148,7 @@ impl Log {
             segments,
             active: None,
             free,
+            leftovers: Vec::new(),
             next_generation: end.next_generation,
             next_name: end.next_name,
             next_unit: end.next_unit,
@@ -152,12 +158,11 @@ impl Log {
         }
     }
 
-    /// Bytes of all segments that hold something.
+    /// Bytes of all segments that hold something, and of files that cannot be removed.
     pub fn used_bytes(&self) -> u64 {
-        self.segments
-            .iter()
-            .map(|segment| segment.header.capacity)
-            .sum()
+        let segments = self.segments.iter().map(|segment| segment.header.capacity);
+        let leftovers = self.leftovers.iter().map(|(_, bytes)| bytes);
+        segments.sum::<u64>() + leftovers.sum::<u64>()
     }
 
     /// Bytes of records that the next unit may have if it is to go into a segment of standard
@@ -266,6 +271,7 @@ impl Log {
         wall_ms: u64,
     ) -> Result<(), CommitError> {
         let capacity = self.segment_bytes.max(HEADER_BYTES + unit);
+        self.remove_leftovers();
         if self.used_bytes() + capacity > limit {
             return Err(CommitError::NoRoom);
         }
@@ -294,8 +300,7 @@ impl Log {
             // A leftover says where the log ended before it, so nothing may be added there. It is
             // void: no later header names it, and it holds no unit.
             self.active = None;
-            let _ = self.disk.remove(&file_name(name));
-            self.dir_unsynced = true;
+            self.remove_file(name, capacity);
             return Err(why.into());
         }
         self.dir_unsynced = false;
@@ -323,8 +328,12 @@ impl Log {
         {
             match self.disk.reuse(&file_name(name)) {
                 Ok(file) => return Ok((name, file)),
-                Err(_) => self.remove_file(name),
+                Err(_) => self.remove_file(name, capacity),
             }
+        }
+        if self.leftovers.len() >= LEFTOVERS_MAX {
+            let why = "old files of the outbox cannot be removed, so no new one is made";
+            return Err(io::Error::other(why).into());
         }
         let name = self.next_name;
         self.next_name += 1;
@@ -337,7 +346,8 @@ impl Log {
     /// Takes a segment out of the log. The caller has made sure that nothing of it is needed.
     ///
     /// # Errors
-    /// It is guarded, and could not be made unreadable for good: it stays, and so must its guard.
+    /// It stays, and so must what depends on it: it is guarded and could not be made unreadable for
+    /// good, or it could be neither made unreadable nor removed.
     pub fn retire(&mut self, generation: u64) -> io::Result<()> {
         let Some(at) = self.position(generation) else {
             return Ok(());
@@ -353,19 +363,24 @@ impl Log {
                 .as_ref()
                 .map_err(|why| io::Error::from(why.kind()))?;
         }
-        if at + 1 == self.segments.len() {
-            self.active = None;
-        }
-        let segment = self.segments.remove(at);
-        let recycled = segment.header.capacity == self.segment_bytes
+        let capacity = self.segments[at].header.capacity;
+        let recycled = capacity == self.segment_bytes
             && self.free.len() < FREE_FILES_MAX
             && self.disk.recycles()
             && blanked.is_ok();
-        if recycled {
-            self.free.push(name);
-        } else {
-            self.remove_file(name);
+        match blanked {
+            Ok(()) if recycled => self.free.push(name),
+            Ok(()) => self.remove_file(name, capacity),
+            Err(_) => {
+                // A restart would read it, perhaps long after what says that it is done has gone.
+                remove(self.disk.as_mut(), name)?;
+                self.dir_unsynced = true;
+            }
         }
+        if at + 1 == self.segments.len() {
+            self.active = None;
+        }
+        self.segments.remove(at);
         Ok(())
     }
 
@@ -381,27 +396,38 @@ impl Log {
         }
     }
 
-    fn remove_file(&mut self, name: u64) {
-        if let Err(why) = self.disk.remove(&file_name(name)) {
+    /// Removes a file without content, now or as soon as that can be done.
+    fn remove_file(&mut self, name: u64, bytes: u64) {
+        if let Err(why) = remove(self.disk.as_mut(), name) {
             log::warn!("cannot remove the outbox file {}: {why}", file_name(name));
+            self.leftovers.push((name, bytes));
         }
         self.dir_unsynced = true;
     }
 
+    fn remove_leftovers(&mut self) {
+        let before = self.leftovers.len();
+        let disk = self.disk.as_mut();
+        self.leftovers
+            .retain(|(name, _)| remove(disk, *name).is_err());
+        self.dir_unsynced |= self.leftovers.len() < before;
+    }
+
     /// Removes the free files that the cap leaves no room for, but keeps the spare.
     pub fn trim_free(&mut self, cap_bytes: u64) {
+        self.remove_leftovers();
         while self.free.len() > 1
             && self.used_bytes() + self.free.len() as u64 * self.segment_bytes > cap_bytes
         {
             if let Some(name) = self.free.pop() {
-                self.remove_file(name);
+                self.remove_file(name, self.segment_bytes);
             }
         }
     }
 
     /// Makes the spare file if it is missing. It is only a help, so a failure is no error.
     pub fn ensure_spare(&mut self) {
-        if self.free.is_empty() && self.disk.recycles() {
+        if self.free.is_empty() && self.leftovers.is_empty() && self.disk.recycles() {
             let name = self.next_name;
             self.next_name += 1;
             if self
@@ -430,6 +456,14 @@ impl Log {
         let segment = &self.segments[at];
         let file = self.disk.open(&file_name(segment.name))?;
         Ok(SegmentReader::new(file, segment.header.seed(), window))
+    }
+}
+
+/// Removes a file that may have gone already.
+fn remove(disk: &mut dyn Disk, name: u64) -> io::Result<()> {
+    match disk.remove(&file_name(name)) {
+        Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
     }
 }
 

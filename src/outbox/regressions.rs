@@ -235,6 +235,42 @@ fn a_failed_index_sync_at_retirement_forgets_no_attempt() {
     assert!(failures > 1, "the fault was met");
 }
 
+/// A fault that hits the header of a new segment and then the removal of its file.
+#[test]
+fn a_file_that_could_not_be_removed_counts_until_it_is() {
+    for call in 0..4 {
+        let mut tester = Tester::new(96 << 10);
+        for _ in 0..12 {
+            tester.engine().log.seal_active();
+            tester.disk.set_fault(call, Fault::Io(3));
+            tester.receive();
+            tester.disk.clear_fault();
+            tester.check();
+        }
+        tester.engine().log.seal_active();
+        let last = tester.receive();
+        assert!(is_queued(&mut tester, last), "call {call}");
+        let log = &tester.engine().log;
+        let files = log.segments.len() + log.free.len();
+        assert_eq!(tester.disk.names().len(), files, "call {call}");
+    }
+}
+
+/// It would be read after a restart, when the closings that go with it may have gone for long.
+#[test]
+fn a_segment_that_can_be_neither_blanked_nor_removed_stays_in_the_log() {
+    let mut tester = Tester::new(1 << 20);
+    tester.receive();
+    let first = oldest_generation(tester.engine());
+    tester.disk.set_fault(0, Fault::Io(2));
+    assert!(tester.engine().log.retire(first).is_err());
+    assert_eq!(oldest_generation(tester.engine()), first);
+    tester.check();
+    tester.disk.clear_fault();
+    assert!(tester.engine().log.retire(first).is_ok());
+    assert!(tester.engine().log.segments.is_empty());
+}
+
 /// A cut is known after a restart also if no chunk of the stream is left to show it.
 #[test]
 fn output_is_marked_as_cut_before_it_is_dropped() {

@@ -151,6 +151,9 @@ impl Tester {
         let most = self.cap_bytes + 2 * recovery::segment_bytes(self.cap_bytes);
         assert!(snapshot.counts.bytes_used <= most, "the cap is exceeded");
         assert!(self.disk.bytes() <= most, "the files exceed the cap");
+        let log = &self.engine().log;
+        let known = log.used_bytes() + log.free.len() as u64 * log.segment_bytes;
+        assert!(self.disk.bytes() <= known, "a file is forgotten");
     }
 
     /// What was tried without an answer is settled by what the store says now.
