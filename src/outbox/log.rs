@@ -118,6 +118,8 @@ pub(super) struct Log {
     next_name: u64,
     next_unit: u64,
     tail: Tail,
+    /// A commit failed, and a restart may find what it wrote: no header says yet that it is void.
+    remains: bool,
     /// A removed file may still be there after a power cut, and must not before the next header.
     dir_unsynced: bool,
     /// Files that the file system had room for.
@@ -153,6 +155,7 @@ impl Log {
             next_name: end.next_name,
             next_unit: end.next_unit,
             tail: end.tail,
+            remains: false,
             dir_unsynced: true,
             files_made: 0,
         }
@@ -244,6 +247,7 @@ impl Log {
         let Some(failed) = self.segments.last() else {
             return;
         };
+        self.remains = true;
         if failed.end == HEADER_BYTES && self.disk.remove(&file_name(failed.name)).is_ok() {
             // It holds nothing. Its own guard passes on to the next one.
             self.tail = Tail {
@@ -260,6 +264,21 @@ impl Log {
                 guards: true,
             };
         }
+    }
+
+    /// After a commit that failed: makes it durable that nothing of it was confirmed, if that is
+    /// not so already, so that it does not count after a restart either.
+    pub fn void_remains(&mut self, wall_ms: u64) -> Result<(), CommitError> {
+        match self.remains {
+            true => self.begin_segment(unit_bytes(0), u64::MAX, true, wall_ms),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether a restart may take what a failed commit wrote for confirmed.
+    #[cfg(test)]
+    pub fn has_remains(&self) -> bool {
+        self.remains
     }
 
     /// Makes a fresh segment, durable with its header, for a unit of this length.
@@ -304,6 +323,7 @@ impl Log {
             return Err(why.into());
         }
         self.dir_unsynced = false;
+        self.remains = false;
         self.segments.push(Segment {
             header,
             name,

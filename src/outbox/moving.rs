@@ -7,6 +7,9 @@
 //! may be more than a unit should hold; it is copied ahead, and recovery passes over it until the
 //! unit with the rest is there. Beginning again is harmless: what was copied in vain is dead.
 //!
+//! A move that fails has not happened: its source goes on and is believed by the server. So what
+//! of it may have reached the medium is made void at once, by the header of the next segment.
+//!
 //! An attempt that both stores know has one life if one of them only received it: that of the
 //! other. If both have started it, one of them did not know of the other (a disk that could not be
 //! read, an older agent). The store that is moved into wins, what waits in the other is dropped
@@ -149,6 +152,13 @@ impl Engine {
         let moved = self.write_attempts(source, keys, ahead);
         self.unit.clear();
         if moved.is_err() {
+            let now_ms = self.now_ms();
+            if self.log.void_remains(now_ms).is_err() {
+                log::warn!(
+                    "the outbox could not be moved to the disk, and that cannot be noted there: if \
+                     the power goes before it can, tasks that run may be told as interrupted"
+                );
+            }
             for (key, before) in received {
                 self.attempts.remove(&key);
                 self.attempts.extend(before.map(|before| (key, before)));

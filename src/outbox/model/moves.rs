@@ -2,6 +2,7 @@
 
 use super::super::moving::Source;
 use super::super::sim::{Fault, KEEPS, Keep, Random};
+use super::super::types::Phase;
 use super::{Known, Tester, ids};
 use crate::ids::{Incarnation, Stream};
 
@@ -67,6 +68,34 @@ impl Tester {
         }
     }
 
+    /// Memory ends with the power or the process, after a move that failed: nothing of it is here.
+    fn forget(&mut self, mut memory: Tester, random: &mut Random) {
+        memory.note_drops();
+        match random.below(2) {
+            0 => self.kill(),
+            _ => self.crash(Keep::Some(random.below(1 << 32))),
+        }
+        assert!(self.open(), "a good disk opens");
+        for number in self.names..memory.names {
+            let phase = self.engine().known_phase(ids(number).key());
+            let mut known = Known::default();
+            match phase {
+                Ok(None) => {}
+                // What is done may have come over before the rest failed: it stays so.
+                Ok(Some(Phase::Finished { held: false } | Phase::Discarded)) => {
+                    known.received.1 = true;
+                    known.finished.1 = true;
+                    known.final_acked = true;
+                }
+                phase => panic!("{number} came over by a move that failed: {phase:?}"),
+            }
+            self.known.insert(number, known);
+        }
+        self.names = memory.names;
+        self.settle();
+        self.check();
+    }
+
     /// Some steps in memory, and the way back, which may fail or be cut short.
     pub fn detour(&mut self, random: &mut Random) {
         let mut memory = self.in_memory();
@@ -99,6 +128,9 @@ impl Tester {
             memory.check();
             for _ in 0..random.below(10) {
                 memory.step(random);
+            }
+            if random.below(3) == 0 && !self.engine().log.has_remains() {
+                return self.forget(memory, random);
             }
             if !self.absorb(&mut memory) {
                 self.drain();
@@ -200,6 +232,37 @@ fn a_disk_that_fails_again_loses_nothing_of_memory() {
         }
     }
     assert!(failures > 8, "{failures}");
+}
+
+/// Memory goes on after a move that failed, and the server believes what it tells: what of the move
+/// reached the medium, or the page cache, must not tell it otherwise later.
+#[test]
+fn a_move_that_failed_has_not_happened_after_a_restart() {
+    let mut failures = 0;
+    for call in 0..12 {
+        for keep in KEEPS.map(Some).into_iter().chain([None]) {
+            let (mut disk, mut memory) = both();
+            let running = disk.names;
+            disk.disk.set_fault(call, Fault::Io(1));
+            let moved = disk.absorb(&mut memory);
+            disk.disk.clear_fault();
+            if moved {
+                continue;
+            }
+            failures += 1;
+            memory.finish(running);
+            assert!(memory.known[&running].finished.0);
+            match keep {
+                Some(keep) => disk.crash(keep),
+                None => disk.kill(),
+            }
+            disk.known.entry(running).or_default().started.1 = true;
+            assert!(disk.open());
+            let phase = disk.engine().known_phase(ids(running).key());
+            assert_eq!(phase, Ok(None), "call {call}, {keep:?}");
+        }
+    }
+    assert!(failures > 15, "{failures}");
 }
 
 /// The power goes at any moment of the move: the disk has all of memory's open attempts or none.
