@@ -2,57 +2,43 @@
 //! to the storage thread and back. On disk (below `target/`) an append is one durable commit; in
 //! memory it is the same without the disk.
 
-use std::path::{Path, PathBuf};
+#[path = "../tests/stores/mod.rs"]
+mod stores;
+
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use hostlink_edge::ids::{AttemptKey, Ids, Stream};
-use hostlink_edge::limits::{
-    CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch, ChunkBuffer, WINDOW_MESSAGES,
-};
-use hostlink_edge::outbox::{Ack, Acks, Cursor, Handle, ReadRequest, Receipt, Settings};
+use hostlink_edge::ids::{AttemptKey, Stream};
+use hostlink_edge::limits::{CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, ChunkBatch, WINDOW_MESSAGES};
+use hostlink_edge::outbox::{Ack, Acks, Cursor, Handle, ReadRequest, Settings, open};
+use stores::{ATTEMPTS, Folder, Printing, running};
 
 const MIB: u64 = 1024 * 1024;
+const CAP_BYTES: u64 = 64 * MIB;
 
 struct Store {
     handle: Handle,
     key: AttemptKey,
     next_sequence: u64,
-    dir: PathBuf,
+    _folder: Folder,
 }
 
 impl Store {
     /// A fresh store with one attempt that runs.
     fn open(name: &str, memory_only: bool) -> Store {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let dir = target.join(format!("bench-outbox-{name}-{}", std::process::id()));
+        let folder = folder(name);
         let settings = Settings {
-            dir: dir.clone(),
             memory_only,
-            cap_bytes: 64 * MIB,
-            terminal_reserve_bytes: MIB,
-            final_output_bytes: 64 * 1024,
-            index_checker: None,
+            ..folder.settings(CAP_BYTES)
         };
-        let ids = Ids::new("task", "attempt").expect("both are short");
-        let key = ids.key();
-        let handle = smol::block_on(async {
-            let (handle, _) = hostlink_edge::outbox::open(settings).await;
-            let receipt = Receipt {
-                ids,
-                command: b"true".to_vec(),
-                priority: 0,
-                timeout_seconds: None,
-                received_at_ms: 1,
-            };
-            handle.receive(receipt).await.expect("there is room");
-            handle.start(key, 1).await.expect("it was received");
-            handle
-        });
+        let (handle, _) = smol::block_on(open(settings));
+        let key = smol::block_on(running(&handle, 1));
         Store {
             handle,
             key,
             next_sequence: 1,
-            dir,
+            _folder: folder,
         }
     }
 
@@ -81,18 +67,16 @@ impl Store {
 impl Drop for Store {
     fn drop(&mut self) {
         smol::block_on(self.handle.clone().close());
-        // A store in memory has none.
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
+fn folder(name: &str) -> Folder {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    Folder::new(target.to_owned(), &format!("bench-outbox-{name}"))
+}
+
 fn batch(chunks: usize) -> ChunkBatch {
-    let chunk = || -> Chunk {
-        let mut buffer = Chunk::new(ChunkBuffer::new());
-        buffer.resize(CHUNK_BYTES_MAX, b'x').expect("its capacity");
-        buffer
-    };
-    (0..chunks).map(|_| chunk()).collect()
+    stores::batch(chunks, CHUNK_BYTES_MAX)
 }
 
 /// Appends and acknowledges, so that segments are recycled as with a server that keeps up.
@@ -161,5 +145,36 @@ fn acknowledge(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, append, read, acknowledge);
+/// Opening a store that is full of output, as a stop has left it. All of the log is read, as after a
+/// power cut; what the check of the index costs then is not in here.
+fn recover(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("recovery of 64 MiB");
+    group.sample_size(10);
+    for (name, chunk_bytes) in [("of 16 KiB", CHUNK_BYTES_MAX), ("of one byte", 1)] {
+        let folder = folder("recovery");
+        let (store, _) = smol::block_on(open(folder.settings(CAP_BYTES)));
+        let mut printing = Printing::start(&store, chunk_bytes);
+        printing.fill(CAP_BYTES);
+        let waiting = smol::block_on(store.counts()).messages_waiting;
+        // Each interrupted attempt has a final from the first opening on.
+        let expected = waiting + ATTEMPTS as u64;
+        smol::block_on(store.close());
+        group.bench_function(format!("{waiting} chunks {name}"), |bencher| {
+            bencher.iter_custom(|rounds| {
+                let mut total = Duration::ZERO;
+                for _ in 0..rounds {
+                    let begun = Instant::now();
+                    let (store, _) = smol::block_on(open(folder.settings(CAP_BYTES)));
+                    total += begun.elapsed();
+                    assert_eq!(smol::block_on(store.counts()).messages_waiting, expected);
+                    smol::block_on(store.close());
+                }
+                total
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, append, read, acknowledge, recover);
 criterion_main!(benches);

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use smol::block_on;
 
+use super::fuzzing::HEADER;
 use super::record::u32_at;
-use super::segment::{FORMAT_VERSION, HEADER_BYTES, Header};
+use super::segment::{FORMAT_VERSION, HEADER_BYTES};
 use super::tests::{Folder, append, batch, completed, ids, receipt, run_task};
 use super::*;
 use crate::ids::{AttemptKey, FinalStatus, Incarnation, Stream};
@@ -428,20 +429,12 @@ fn an_unknown_record_is_left_to_the_newer_agent() {
         let folder = Folder::new();
         let spool = folder.settings().dir.join("spool");
         std::fs::create_dir_all(&spool).unwrap();
-        let header = Header {
-            incarnation: Incarnation::of(7),
-            generation: 1,
-            predecessor: 0,
-            predecessor_end: 0,
-            guards_predecessor: false,
-            capacity: 1 << 16,
-        };
         let mut record = vec![0; record::RECORD_HEAD_BYTES];
         record[8..12].copy_from_slice(&head);
         record[12] = reserved;
         record[32] = 1;
-        let mut segment = header.encode().to_vec();
-        segment.extend(unit::mend_unit(header.seed(), HEADER_BYTES, 1, &record));
+        let mut segment = HEADER.encode().to_vec();
+        segment.extend(unit::mend_unit(HEADER.seed(), HEADER_BYTES, 1, &record));
         std::fs::write(spool.join("0000000001.seg"), &segment).unwrap();
         block_on(async {
             let (store, _) = open(folder.settings()).await;

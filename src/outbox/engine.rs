@@ -58,8 +58,9 @@ impl Tally {
 }
 
 pub(super) struct Engine {
-    pub log: Log,
+    /// Before the log, whose disk holds the lock of the folder: that is let go last.
     pub index: Box<dyn Index>,
+    pub log: Log,
     pub attempts: HashMap<AttemptKey, Attempt>,
     pub bounds: Bounds,
     pub tally: Tally,

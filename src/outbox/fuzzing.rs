@@ -16,6 +16,15 @@ use super::unit::mend_unit;
 use crate::ids::Incarnation;
 
 const SEGMENT_BYTES: u64 = 64 << 10;
+/// Of a log of one segment.
+pub(super) const HEADER: Header = Header {
+    incarnation: Incarnation::of(7),
+    generation: 1,
+    predecessor: 0,
+    predecessor_end: 0,
+    guards_predecessor: false,
+    capacity: SEGMENT_BYTES,
+};
 
 /// The decoder of records, and what a record does to an attempt.
 pub fn record(bytes: &[u8]) {
@@ -37,20 +46,12 @@ pub fn record(bytes: &[u8]) {
 
 /// A log of one segment, whose two units hold these bytes.
 pub fn recovery(bytes: &[u8]) {
-    let header = Header {
-        incarnation: Incarnation::of(7),
-        generation: 1,
-        predecessor: 0,
-        predecessor_end: 0,
-        guards_predecessor: false,
-        capacity: SEGMENT_BYTES,
-    };
     let bytes = &bytes[..bytes.len().min(SEGMENT_BYTES as usize / 2)];
-    let mut segment = header.encode().to_vec();
+    let mut segment = HEADER.encode().to_vec();
     let (first, second) = bytes.split_at(bytes.len() / 2);
     for (number, records) in [(1, first), (2, second)] {
         let offset = segment.len() as u64;
-        segment.extend(mend_unit(header.seed(), offset, number, records));
+        segment.extend(mend_unit(HEADER.seed(), offset, number, records));
     }
     // The first byte chooses a place that is damaged after all.
     if let Some(&[choice, place, ..]) = bytes.first_chunk::<2>().map(|pair| &pair[..])
@@ -71,7 +72,7 @@ pub fn recovery(bytes: &[u8]) {
         final_output_bytes: 1024,
     };
     let index = Box::new(MemoryIndex::default());
-    let opened = recovery::open(Box::new(disk), index, bounds, header.incarnation, || 1_000);
+    let opened = recovery::open(Box::new(disk), index, bounds, HEADER.incarnation, || 1_000);
     let (mut engine, _) = match opened {
         Ok(opened) => opened,
         Err(OpenError::Newer(_)) => return,
