@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use openssl::error::ErrorStack;
-use openssl::pkey::{Id, PKey, Private};
+use openssl::pkey::{PKey, Private};
 use openssl::rsa::Rsa;
 use serde_json::Value;
 
@@ -24,6 +24,9 @@ use super::state_file::{self, Content, Fields};
 use crate::limits::NAME_BYTES_MAX;
 
 const KEY_BITS: u32 = 2048;
+const PEM_BEGIN: &str = "-----BEGIN RSA PRIVATE KEY-----";
+const PEM_END: &str = "-----END RSA PRIVATE KEY-----";
+const PEM_LINE_DIGITS: usize = 64;
 const KEY_MODE: u32 = 0o600;
 const FILE_MODE: u32 = 0o644;
 
@@ -165,31 +168,61 @@ fn load_or_create_key(path: &Path) -> Result<PKey<Private>, IdentityError> {
 
 fn new_key() -> Result<(PKey<Private>, Vec<u8>), ErrorStack> {
     let rsa = Rsa::generate(KEY_BITS)?;
-    let pem = rsa.private_key_to_pem()?;
+    let pem = pem_of(&rsa.private_key_to_der()?);
     Ok((PKey::from_rsa(rsa)?, pem))
 }
 
 /// Reads PKCS#1 or PKCS#8 and proves that private and public part belong together: a key with a
 /// few wrong bytes may still be readable.
 fn usable_key(pem: &[u8]) -> Result<PKey<Private>, String> {
-    // With a passphrase given, OpenSSL never asks for one on a terminal.
-    let key = PKey::private_key_from_pem_passphrase(pem, b"")
-        .map_err(|error| format!("it is no PEM private key ({error})"))?;
-    if key.id() != Id::RSA {
-        return Err("it is no RSA key".to_string());
+    let rsa = match pkcs1_of(pem).and_then(|der| Rsa::private_key_from_der(&der).ok()) {
+        Some(rsa) => rsa,
+        // With a passphrase given, OpenSSL never asks for one on a terminal.
+        None => PKey::private_key_from_pem_passphrase(pem, b"")
+            .map_err(|error| format!("it is no PEM private key ({error})"))?
+            .rsa()
+            .map_err(|_| "it is no RSA key".to_string())?,
+    };
+    proven(rsa)
+        .ok()
+        .flatten()
+        .ok_or_else(|| "what it signs does not fit its own public key".to_string())
+}
+
+/// PEM of a key in PKCS#1. OpenSSL's own writer and reader of PEM, like its writer of public keys of
+/// its providers, first set up every coder that it has, of every kind of key: 220 KiB that stay.
+fn pem_of(der: &[u8]) -> Vec<u8> {
+    let digits = BASE64.encode(der);
+    let mut pem = format!("{PEM_BEGIN}\n");
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && at.is_multiple_of(PEM_LINE_DIGITS) {
+            pem.push('\n');
+        }
+        pem.push(digit);
     }
-    const PROBE: [&str; 3] = ["probe", "0", "nonce"];
-    let signature = signature::sign(&key, &PROBE.join("|"));
-    let is_whole = signature.is_ok_and(|signature| {
-        let public = key.public_key_to_der().unwrap_or_default();
-        let [id, timestamp, nonce] = PROBE;
-        signature::verify_signature(&public, id, timestamp, nonce, &BASE64.encode(signature))
-    });
-    if is_whole {
-        Ok(key)
-    } else {
-        Err("what it signs does not fit its own public key".to_string())
-    }
+    pem.push('\n');
+    pem.push_str(PEM_END);
+    pem.push('\n');
+    pem.into_bytes()
+}
+
+/// The key in PKCS#1 that stands in a PEM, unless it is encrypted.
+fn pkcs1_of(pem: &[u8]) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(pem).ok()?;
+    let (_, behind) = text.split_once(PEM_BEGIN)?;
+    let (body, _) = behind.split_once(PEM_END)?;
+    let digits: String = body.split_ascii_whitespace().collect();
+    BASE64.decode(digits).ok()
+}
+
+/// The key, if its public part accepts what it signs.
+fn proven(rsa: Rsa<Private>) -> Result<Option<PKey<Private>>, ErrorStack> {
+    const PROBE: &str = "probe";
+    let public = Rsa::from_public_components(rsa.n().to_owned()?, rsa.e().to_owned()?)?;
+    let (key, public) = (PKey::from_rsa(rsa)?, PKey::from_rsa(public)?);
+    let signature = signature::sign(&key, PROBE)?;
+    let is_whole = signature::verify(&public, PROBE, &signature)?;
+    Ok(is_whole.then_some(key))
 }
 
 fn warn_if_readable_by_others(path: &Path) {

@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use openssl::error::ErrorStack;
 use openssl::hash::MessageDigest;
-use openssl::pkey::{Id, PKey, Private};
+use openssl::pkey::{Id, PKey, Private, Public};
 use openssl::rsa::Padding;
 use openssl::sign::{RsaPssSaltlen, Signer as OpensslSigner, Verifier};
 
@@ -93,14 +93,8 @@ pub fn verify_signature(
         if key.id() != Id::RSA {
             return None;
         }
-        let mut verifier = Verifier::new(MessageDigest::sha256(), &key).ok()?;
-        verifier.set_rsa_padding(Padding::PKCS1_PSS).ok()?;
-        verifier.set_rsa_mgf1_md(MessageDigest::sha256()).ok()?;
-        verifier
-            .set_rsa_pss_saltlen(RsaPssSaltlen::custom(SALT_BYTES))
-            .ok()?;
         let text = signed_text(agent_id, timestamp, nonce);
-        verifier.verify_oneshot(&signature, text.as_bytes()).ok()
+        verify(&key, &text, &signature).ok()
     };
     check().unwrap_or(false)
 }
@@ -112,6 +106,15 @@ pub(super) fn sign(key: &PKey<Private>, text: &str) -> Result<Vec<u8>, ErrorStac
     signer.set_rsa_mgf1_md(MessageDigest::sha256())?;
     signer.set_rsa_pss_saltlen(RsaPssSaltlen::custom(SALT_BYTES))?;
     signer.sign_oneshot_to_vec(text.as_bytes())
+}
+
+/// Whether [`sign`] made this signature, with the private part of this key.
+pub(super) fn verify(key: &PKey<Public>, text: &str, signature: &[u8]) -> Result<bool, ErrorStack> {
+    let mut verifier = Verifier::new(MessageDigest::sha256(), key)?;
+    verifier.set_rsa_padding(Padding::PKCS1_PSS)?;
+    verifier.set_rsa_mgf1_md(MessageDigest::sha256())?;
+    verifier.set_rsa_pss_saltlen(RsaPssSaltlen::custom(SALT_BYTES))?;
+    verifier.verify_oneshot(signature, text.as_bytes())
 }
 
 fn signed_text(agent_id: &str, timestamp: &str, nonce: &str) -> String {

@@ -33,10 +33,9 @@ fn what_is_created_is_found_again() {
     let mode = std::fs::metadata(&key).expect("key").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let pem = std::fs::read(&key).expect("key");
-    assert!(
-        pem.starts_with(b"-----BEGIN RSA PRIVATE KEY-----"),
-        "PKCS#1"
-    );
+    let rsa = openssl::rsa::Rsa::private_key_from_pem(&pem).expect("as OpenSSL reads it");
+    let same = rsa.private_key_to_pem().expect("PEM");
+    assert!(pem == same, "PKCS#1, as OpenSSL writes it");
     let fingerprint = json(&state.join("fingerprint.json"));
     let uuid = fingerprint["fingerprint"].as_str().expect("text");
     assert_eq!(find_uuid(uuid.as_bytes()).as_deref(), Some(uuid));
@@ -104,6 +103,8 @@ fn a_damaged_key_is_an_error_and_stays_as_it_is() {
     check(wrong_inside.as_bytes(), "does not fit");
     check(&curve.expect("PEM"), "no RSA key");
     check(&[b'x'; 100_000], "larger than");
+    let locked = rsa.private_key_to_pem_passphrase(openssl::symm::Cipher::aes_128_cbc(), b"secret");
+    check(&locked.expect("PEM"), "no PEM private key");
 }
 
 #[test]
