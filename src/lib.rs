@@ -22,6 +22,7 @@ pub mod config;
 pub mod executor;
 #[cfg(feature = "gateway")]
 pub mod gateway;
+pub mod heap;
 pub mod ids;
 pub mod limits;
 pub mod logger;

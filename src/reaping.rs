@@ -1,4 +1,4 @@
-//! Collects a child that has exited, with what it has used. One of the two places with `unsafe`:
+//! Collects a child that has exited, with what it has used. One of the places with `unsafe`:
 //! neither the standard library nor rustix has `wait4`. libc has, but on 32-bit devices with musl
 //! its `wait4` is the one of 32-bit times, and that one fills in nothing: all tasks would have used
 //! no time and no memory. So the declaration stands here, with the layout that the C library has.

@@ -1,4 +1,4 @@
-//! The one place with `unsafe`: the pool for blocking calls can only be bounded by an environment
+//! One of the places with `unsafe`: the pool for blocking calls can only be bounded by an environment
 //! variable, and setting one is unsound once other threads read the environment.
 
 #![allow(unsafe_code)]
