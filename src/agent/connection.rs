@@ -35,6 +35,8 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// In a function of its own: the future stands on the stack before it is on the heap.
+    #[inline(never)]
     pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
         let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
         let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER);

@@ -157,11 +157,7 @@ async fn serve(
     to_driver: Receiver<Input>,
     begun: Duration,
 ) {
-    let config = &context.config;
-    let settings = session_settings(config, context.agent_id.clone());
-    let incarnation = context.outbox.incarnation().to_string();
-    let now = boot_time().saturating_sub(begun);
-    let mut session = Box::new(Session::new(settings, incarnation, random_seed(), now));
+    let mut session = new_session(&context, begun);
     session.recovered(queued_tasks(recovered));
     let driver = Driver::new(context.clone(), session, begun);
 
@@ -175,6 +171,16 @@ async fn serve(
         future::pending().await
     };
     driver.run(to_driver).or(reopened).await;
+}
+
+/// On the heap. In a function of its own, since a session stands on the stack first: 60 KiB that the
+/// caller, which waits until the end, would keep.
+#[inline(never)]
+fn new_session(context: &Context, begun: Duration) -> Box<Session<outbox::Cursor>> {
+    let settings = session_settings(&context.config, context.agent_id.clone());
+    let incarnation = context.outbox.incarnation().to_string();
+    let now = boot_time().saturating_sub(begun);
+    Box::new(Session::new(settings, incarnation, random_seed(), now))
 }
 
 /// What the session needs to know of the settings.

@@ -74,6 +74,11 @@ impl<C> Default for Window<C> {
 }
 
 impl<C: Copy> Window<C> {
+    pub fn clear(&mut self) {
+        self.entries.clear();
+        self.bytes = 0;
+    }
+
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
