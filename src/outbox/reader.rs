@@ -83,6 +83,10 @@ impl Engine {
         };
         let generation = self.log.segments[at].generation();
         let end = self.log.segments[at].end;
+        reader.expect(
+            max_messages.saturating_sub(batch.messages.len()),
+            max_bytes.saturating_sub(batch.buffer.len()),
+        );
         let mut place = batch.next;
         let mut full = false;
         while let Some((offset, after)) = next_record(&mut reader, place, end) {

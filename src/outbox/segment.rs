@@ -158,9 +158,18 @@ impl SegmentReader {
         }
     }
 
+    /// Wants no more than this much payload at once, in so many records: what is read beyond it is read
+    /// again with the next request, since the file may have been written until then.
+    pub fn expect(&mut self, records: usize, bytes: usize) {
+        let heads = records.saturating_mul(RECORD_HEAD_BYTES) + SECTOR_BYTES;
+        let wanted = bytes.saturating_add(heads);
+        self.read_ahead = wanted.clamp(WINDOW_BYTES / 4, WINDOW_BYTES);
+    }
+
     /// Forgets what was read: the file has been written since.
     pub fn forget(&mut self) {
         self.filled = 0;
+        self.read_ahead = WINDOW_BYTES;
     }
 
     /// The bytes at `offset`, or `None` if the file does not have that many.
