@@ -17,6 +17,7 @@
 mod budgets;
 mod frames;
 mod gateway;
+mod participants;
 mod physical;
 mod print;
 mod process;

@@ -182,8 +182,38 @@ pub struct Usage {
     /// Of all threads that live: how often they went to sleep, and how often they were put off.
     pub switches: u64,
     pub cpu_seconds: f64,
+    /// Of it in the kernel.
+    pub system_seconds: f64,
+    /// Of its children that it has waited for: the tasks.
+    pub tasks_seconds: f64,
     /// Sent to the block layer, or to be.
     pub disk_bytes: u64,
+}
+
+/// Seconds since the boot that the cores of the machine have worked, and that they have had; of the
+/// first, what this process has used: the gateway.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    pub busy_seconds: f64,
+    pub all_seconds: f64,
+    pub own_seconds: f64,
+}
+
+impl Machine {
+    pub fn read() -> Result<Machine, String> {
+        let text = fs::read_to_string("/proc/stat").map_err(|e| format!("/proc/stat: {e}"))?;
+        let own = Usage::read(std::process::id()).map_err(|e| format!("/proc/self: {e}"))?;
+        let words = text.lines().next().unwrap_or_default().split_whitespace();
+        // User, nice, system, idle, waiting for a disk, interrupts, soft ones, stolen (proc(5)).
+        let ticks: Vec<f64> = words.skip(1).take(8).flat_map(str::parse).collect();
+        let all: f64 = ticks.iter().sum();
+        let idle: f64 = ticks.iter().skip(3).take(2).sum();
+        Ok(Machine {
+            busy_seconds: (all - idle) / TICKS,
+            all_seconds: all / TICKS,
+            own_seconds: own.cpu_seconds,
+        })
+    }
 }
 
 impl Usage {
@@ -211,6 +241,8 @@ impl Usage {
             threads: field(&status, "Threads"),
             switches,
             cpu_seconds: (ticks(11) + ticks(12)) / TICKS,
+            system_seconds: ticks(12) / TICKS,
+            tasks_seconds: (ticks(13) + ticks(14)) / TICKS,
             disk_bytes: field(&io, "write_bytes"),
         })
     }

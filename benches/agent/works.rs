@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::gateway::{Attempt, Gateway};
+use crate::participants::{self, Moment};
 use crate::physical;
 use crate::process::{Agent, Manager, Setup, Start, Usage};
 use crate::table::{Row, Target, row};
@@ -70,15 +71,17 @@ struct Bulk {
     usage: Usage,
     before: Usage,
     bytes: u64,
+    participants: Vec<Row>,
 }
 
 fn run_bulk(setup: &Setup, name: &str, words: &str, gateway: &Gateway) -> Result<Bulk, String> {
     let dir = setup.fresh(name)?;
     let agent = connected(setup, &dir, gateway, &[LARGE_STORE])?;
-    let before = agent.usage()?;
+    let begin = Moment::now(&agent)?;
     gateway.deliver("bulk", &printing(words)?);
     let attempt = gateway.wait_final("bulk")?;
-    let usage = agent.usage()?;
+    let end = Moment::now(&agent)?;
+    let (before, usage) = (begin.agent, end.agent);
     check_bytes(&attempt, BULK_BYTES)?;
     agent.stop()?;
     Ok(Bulk {
@@ -86,6 +89,7 @@ fn run_bulk(setup: &Setup, name: &str, words: &str, gateway: &Gateway) -> Result
         usage,
         before,
         bytes: attempt.total_bytes(),
+        participants: participants::rows(&begin, &end),
     })
 }
 
@@ -134,6 +138,7 @@ pub fn bulk(setup: &Setup) -> Rows {
         false => ("WebSocket", socket),
     };
     rows[0] = rows[0].clone().of_limit(name, limit);
+    rows.extend(measured.participants);
     let limit = |figure, value| row("limits", figure, value, "MiB/s", Target::None);
     rows.extend([
         limit("append + fdatasync of 16 KiB", chunk_disk),
@@ -175,6 +180,7 @@ pub fn tls(setup: &Setup) -> Rows {
         usage,
         before: Usage::default(),
         bytes: BULK_BYTES,
+        participants: Vec::new(),
     };
     Ok(measured.rows("64 MiB over TLS", Target::None, Target::None))
 }
