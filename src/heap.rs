@@ -25,9 +25,11 @@ fn is_large(bytes: usize, align: usize) -> bool {
     bytes >= LARGE_BYTES && align <= PAGE_BYTES
 }
 
+// Never inline: the linker would put the choice into each of some thousand callers, 60 KiB of code.
 // SAFETY: whether a block is large follows from its layout alone, so it is freed and resized by whom
 // it came from. Blocks of the kernel are fresh, zeroed, and no part of any other.
 unsafe impl GlobalAlloc for Heap {
+    #[inline(never)]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         if !is_large(layout.size(), layout.align()) {
             // SAFETY: the caller's promises are those that `System` asks for.
@@ -45,6 +47,7 @@ unsafe impl GlobalAlloc for Heap {
         block.map_or(ptr::null_mut(), <*mut c_void>::cast)
     }
 
+    #[inline(never)]
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         if is_large(layout.size(), layout.align()) {
             // SAFETY: the caller's promises; what the kernel gives is zeroed.
@@ -54,6 +57,7 @@ unsafe impl GlobalAlloc for Heap {
         unsafe { System.alloc_zeroed(layout) }
     }
 
+    #[inline(never)]
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         if is_large(layout.size(), layout.align()) {
             // SAFETY: `alloc` has mapped this block with this length, and nobody uses it any more.
@@ -65,6 +69,7 @@ unsafe impl GlobalAlloc for Heap {
         }
     }
 
+    #[inline(never)]
     unsafe fn realloc(&self, block: *mut u8, layout: Layout, new_bytes: usize) -> *mut u8 {
         let (was_large, align) = (is_large(layout.size(), layout.align()), layout.align());
         match (was_large, is_large(new_bytes, align)) {
