@@ -176,5 +176,40 @@ fn recover(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, append, read, acknowledge, recover);
+/// Bytes that this process has sent towards the disk: whole pages, at each sync those that changed.
+fn bytes_written() -> u64 {
+    let io = std::fs::read_to_string("/proc/self/io").expect("Linux");
+    let line = io
+        .lines()
+        .find_map(|line| line.strip_prefix("write_bytes: "));
+    let number = line.and_then(|number| number.parse().ok());
+    number.expect("the kernel tells it")
+}
+
+/// What flash wears by, without the journal of the file system. Printed for each commit, which is
+/// one sync.
+fn wear(_: &mut Criterion) {
+    let full = CHUNK_BYTES_MAX;
+    for (chunks, chunk_bytes, commits) in [
+        (CHUNKS_WAITING_MAX, full, 512),
+        (1, full, 1024),
+        (1, 100, 1024),
+    ] {
+        let mut store = Store::open("wear", false);
+        let mut buffers = stores::batch(chunks, chunk_bytes);
+        let before = bytes_written();
+        for _ in 0..commits {
+            buffers = store.append(buffers);
+            store.acknowledge(store.next_sequence - 1);
+        }
+        let written = (bytes_written() - before) as f64 / f64::from(commits);
+        let per_byte = written / (chunks * chunk_bytes) as f64;
+        println!(
+            "{chunks} of {chunk_bytes} bytes a commit: {written:.0} bytes written, {per_byte:.3} a \
+             byte"
+        );
+    }
+}
+
+criterion_group!(benches, append, read, acknowledge, recover, wear);
 criterion_main!(benches);
