@@ -25,7 +25,7 @@ fn is_large(bytes: usize, align: usize) -> bool {
     bytes >= LARGE_BYTES && align <= PAGE_BYTES
 }
 
-// Never inline: the linker would put the choice into each of some thousand callers, 60 KiB of code.
+// Not inlined, so that the choice does not stand in every caller.
 // SAFETY: whether a block is large follows from its layout alone, so it is freed and resized by whom
 // it came from. Blocks of the kernel are fresh, zeroed, and no part of any other.
 unsafe impl GlobalAlloc for Heap {
