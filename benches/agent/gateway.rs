@@ -457,8 +457,13 @@ fn read(state: &mut State, frame: &Frame<'_>, acks: &mut Acks) -> Result<Option<
                 attempt.bytes[stream] += output.byte_count;
                 if state.keeps_arrivals {
                     let now = monotonic_ns();
-                    let lines = output.data.split("\\n");
-                    let stamps = lines.filter_map(|line| line.split(' ').next()?.parse().ok());
+                    // A chunk may cut its first and its last line, and the time in it. All lines of
+                    // a work are equally long.
+                    let lines = || output.data.split("\\n");
+                    let whole = lines().map(str::len).max();
+                    let whole_lines = lines().filter(|line| Some(line.len()) == whole);
+                    let stamps =
+                        whole_lines.filter_map(|line| line.split(' ').next()?.parse().ok());
                     state.arrivals.extend(stamps.map(|stamp: u64| (stamp, now)));
                 }
             } else {
