@@ -30,6 +30,8 @@ pub struct Connection {
     /// Tells this connection's inputs from those of earlier ones.
     pub id: u64,
     pub control: Sender<Control>,
+    /// The other end of it, to take back what is not written yet.
+    lane: Receiver<Control>,
     pub batches: Sender<OutBatch>,
     task: smol::Task<()>,
 }
@@ -40,10 +42,12 @@ impl Connection {
     pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
         let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
         let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER);
+        let lane = control_lane.clone();
         let task = context.start(run(context.clone(), id, control_lane, to_send));
         Connection {
             id,
             control,
+            lane,
             batches,
             task,
         }
@@ -51,11 +55,14 @@ impl Connection {
 
     /// Says goodbye, if the socket takes it soon, and ends.
     pub async fn close(self, clock: &Clock) {
-        if self.control.try_send(Control::Close).is_err() {
-            // The server does not read. Without the goodbye in front of it the data lane would go on,
-            // and a final in it may be reported by now.
+        if self.control.is_full() {
+            // The server does not read.
             return;
         }
+        // A final that the server asked for may wait here, and be reported by now. The data lane is
+        // behind the goodbye and not written any more.
+        while self.lane.try_recv().is_ok() {}
+        let _ = self.control.try_send(Control::Close);
         let patience = async {
             clock.sleep(GOODBYE_PATIENCE).await;
         };
@@ -187,18 +194,20 @@ async fn send_batches(
 mod tests {
     use super::*;
 
-    /// A connection whose control lane holds `waiting` frames and has room for one, and that lane.
+    /// A connection whose control lane holds `waiting` frames and has room for so many, and that lane.
     fn connection(
         executor: &smol::LocalExecutor<'_>,
+        room: usize,
         waiting: usize,
     ) -> (Connection, Receiver<Control>) {
-        let (control, lane) = async_channel::bounded(1);
+        let (control, lane) = async_channel::bounded(room);
         for _ in 0..waiting {
             control.try_send(Control::Ping).expect("there is room");
         }
         let connection = Connection {
             id: 1,
             control,
+            lane: lane.clone(),
             batches: async_channel::bounded(1).0,
             task: executor.spawn(future::pending()),
         };
@@ -208,13 +217,25 @@ mod tests {
     #[test]
     fn nothing_is_written_after_an_end_without_a_goodbye() {
         let executor = smol::LocalExecutor::new();
-        let (full, _lane) = connection(&executor, 1);
+        let (full, _lane) = connection(&executor, 1, 1);
         let closed = future::block_on(future::poll_once(full.close(&Clock::Boot)));
         assert!(closed.is_some(), "it goes on");
 
-        let (with_room, lane) = connection(&executor, 0);
+        let (with_room, lane) = connection(&executor, 1, 0);
         let closed = future::block_on(future::poll_once(with_room.close(&Clock::Boot)));
         assert!(closed.is_none(), "its goodbye is not waited for");
         assert!(matches!(lane.try_recv(), Ok(Control::Close)));
+    }
+
+    /// A final that answers a repeated delivery waits for the socket when the session ends, and is
+    /// reported then.
+    #[test]
+    fn an_answer_that_waits_is_not_written_in_front_of_the_goodbye() {
+        let executor = smol::LocalExecutor::new();
+        let (waits, lane) = connection(&executor, 2, 1);
+        let closed = future::block_on(future::poll_once(waits.close(&Clock::Boot)));
+        assert!(closed.is_none(), "its goodbye is not waited for");
+        assert!(matches!(lane.try_recv(), Ok(Control::Close)));
+        assert!(lane.is_empty());
     }
 }

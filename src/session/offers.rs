@@ -66,6 +66,8 @@ impl<C: Copy + Ord + Default> Session<C> {
                 self.effects.push_back(Effect::SendReceived(ids));
             }
             Recorded::Started => self.effects.push_back(Effect::SendStarted(ids)),
+            // The report on its way is the answer: a final goes one way.
+            Recorded::Finished { .. } if self.reports.busy() == Some(key) => {}
             Recorded::Finished { held } => {
                 // A final that the cursor has not reached yet comes in its order.
                 if !held || self.delivery.has_in_flight(key, Piece::Final) {

@@ -260,3 +260,36 @@ fn gap_errors_about_what_is_not_held_do_not_use_up_the_lanes() {
     assert_eq!(bench.sequences("t"), [1]);
     bench.run();
 }
+
+#[test]
+fn a_final_that_is_being_reported_answers_no_delivery() {
+    let mut bench = Bench::new();
+    bench.session.finals_listed(&[WaitingFinal {
+        ids: ids("t"),
+        key: key("t"),
+        output_waits: false,
+    }]);
+    bench.connect(HelloAck::default());
+    let origin = Origin {
+        delivered: true,
+        command_bytes: 4,
+    };
+    // The server may have acknowledged it meanwhile, or not.
+    for held in [true, false] {
+        let finished = Recorded::Finished { held };
+        let task = queued(ids("t"));
+        bench.session.recorded(task, finished, origin, bench.now);
+        bench.run();
+        assert!(!bench.has(|effect| matches!(effect, Effect::SendFinalAgain(_))));
+    }
+    let retry = ReportResult::Retry {
+        after: None,
+        why: "503".into(),
+    };
+    bench.session.reported(&ids("t"), &retry, bench.now);
+    let finished = Recorded::Finished { held: false };
+    let task = queued(ids("t"));
+    bench.session.recorded(task, finished, origin, bench.now);
+    bench.run();
+    assert!(bench.has(|effect| matches!(effect, Effect::SendFinalAgain(_))));
+}
