@@ -77,11 +77,18 @@ fn without_a_grant_none_is_sent_and_a_new_session_asks_anew() {
     let server = ScriptedServer::start();
     // An interval without a grant.
     server.acknowledge_hellos_with(json!({"lease_interval_seconds": 1}));
-    let agent = Agent::start(&server);
+    let agent = Agent::with(&server, &[("HOSTLINK_HEARTBEAT_INTERVAL", "2s")]);
     let task = Task::new("runs", agent.hold("end"));
     server.deliver(&task);
     server.wait_frame("task.started", &task);
-    std::thread::sleep(Duration::from_millis(2500));
+    // The device's own heartbeats are the clock: the second one comes two seconds or more from here.
+    let started = server.mark();
+    server.wait_until("heartbeats of the device", |log| {
+        let beats = log
+            .after(started)
+            .filter(|it| matches!(it, Event::Heartbeat));
+        beats.count() >= 2
+    });
     server.check_eq(heartbeats(&server, &task.ids).len(), 0, "heartbeats");
     server.acknowledge_hellos_with(json!({
         "extensions": ["lease"], "lease_interval_seconds": 1}));
