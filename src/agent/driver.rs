@@ -214,6 +214,10 @@ impl Driver {
             Input::Frame(id, frame) if self.is_current(id) => {
                 let message = ServerMessage::decode(&frame, &self.context.agent_id);
                 self.session.received(message, now);
+                #[cfg(test)]
+                if let Some(outside) = &self.context.simulated {
+                    outside.heard(&frame, &self.session);
+                }
             }
             Input::Heard(id) if self.is_current(id) => self.session.heard(now),
             Input::Disconnected(id, why) if self.is_current(id) => self.disconnected(&why),
@@ -245,7 +249,13 @@ impl Driver {
             }
             // Whoever waits may be gone already.
             Input::Passed(tell) => drop(tell.try_send(())),
-            Input::Settled(is_dropped) => self.session.settled(is_dropped),
+            Input::Settled(is_dropped) => {
+                #[cfg(test)]
+                if let Some(outside) = &self.context.simulated {
+                    outside.settled(is_dropped);
+                }
+                self.session.settled(is_dropped);
+            }
             Input::TaskStarted(key) => self.session.task_started(key, now),
             Input::TaskEnded(key) => {
                 self.running.remove(&key);

@@ -24,6 +24,10 @@ pub struct Store {
 pub struct Turn {
     /// Streams that the session has given up.
     pub given_up: Vec<(AttemptKey, Stream)>,
+    /// Something is to be dropped at the session's wish: these streams, or anything else.
+    pub is_to_drop: bool,
+    /// Chunks that were acknowledged one by one.
+    pub acknowledged: Vec<(AttemptKey, Stream, u64)>,
     /// Output that was not acknowledged was dropped, for whatever reason.
     pub has_dropped: bool,
 }
@@ -79,21 +83,39 @@ impl Store {
         self.storage.commands.len()
     }
 
-    /// What the storage thread does when it finds commands.
-    pub fn turn(&mut self) -> Turn {
+    /// What the storage thread does when it finds commands. `before` learns what they are.
+    pub fn turn(&mut self, before: impl FnOnce(&Turn)) -> Turn {
         let mut turn = Turn::default();
         let mut batch = Batch::new();
         while let Ok(command) = self.storage.commands.try_recv() {
-            if let Command::GiveUpStream(key, stream, _) = command {
-                turn.given_up.push((key, stream));
+            match &command {
+                Command::GiveUpStream(key, stream, _) => {
+                    turn.given_up.push((*key, *stream));
+                    turn.is_to_drop = true;
+                }
+                Command::Discard(..) | Command::Reject(..) => turn.is_to_drop = true,
+                Command::Acknowledge(acks) => {
+                    let single = acks.iter().filter_map(|ack| match *ack {
+                        Ack::Output {
+                            key,
+                            stream,
+                            sequence,
+                            cumulative: false,
+                        } => Some((key, stream, sequence)),
+                        Ack::Output { .. } | Ack::Final { .. } => None,
+                    });
+                    turn.acknowledged.extend(single);
+                }
+                _ => {}
             }
             if batch.push(command).is_err() {
                 unreachable!("the queue is not longer than a batch");
             }
         }
-        let before = self.storage.engine.tally.chunks_dropped;
+        before(&turn);
+        let dropped = self.storage.engine.tally.chunks_dropped;
         self.storage.carry_out(batch);
-        turn.has_dropped = self.storage.engine.tally.chunks_dropped > before;
+        turn.has_dropped = self.storage.engine.tally.chunks_dropped > dropped;
         turn
     }
 

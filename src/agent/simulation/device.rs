@@ -129,6 +129,7 @@ impl Device {
             disk,
             cap_bytes: match (toggles.small_cap, toggles.large_chunks) {
                 (true, _) => 32 << 10,
+                _ if toggles.late.bulk => 16 << 20,
                 (false, true) => 4 << 20,
                 (false, false) => 512 << 10,
             },
@@ -279,12 +280,22 @@ impl Device {
             .is_some_and(|life| life.store.waiting() > 0)
     }
 
-    /// A turn of the storage thread. True if the power went meanwhile.
-    pub fn store_turn(&mut self) -> bool {
+    /// A turn of the storage thread. If something is to be dropped in it, `fails` calls of the disk
+    /// fail. True if the power went meanwhile.
+    pub fn store_turn(&mut self, fails: u64) -> bool {
         let Some(life) = &mut self.life else {
             return false;
         };
-        let turn = life.store.turn();
+        let aims = fails > 0 && self.may_break && !self.disk.has_fault();
+        let turn = life.store.turn(|turn| {
+            if aims && turn.is_to_drop {
+                self.disk.set_fault(0, Fault::Io(fails));
+            }
+        });
+        if aims {
+            self.disk.clear_fault();
+        }
+        life.outside.store_has_noted(&turn, &life.store);
         if turn.has_dropped || !turn.given_up.is_empty() {
             tell!("{:?} {turn:?}", self.time.now());
         }

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use super::server::{AGENT_ID, INCARNATION};
+use super::server::INCARNATION;
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::{ACK_TIMEOUT, WINDOW_BYTES, WINDOW_MESSAGES};
 use crate::session::delivery::Candidate;
@@ -43,28 +43,34 @@ fn lane(key: AttemptKey, piece: Piece) -> (AttemptKey, Option<Stream>) {
 
 /// What one session has in flight.
 #[derive(Debug, Default)]
-pub struct Flight(Vec<Unanswered>);
+pub struct Flight {
+    unanswered: Vec<Unanswered>,
+    /// Acknowledged while in flight: the store is to note that.
+    acknowledged: Vec<(AttemptKey, Piece)>,
+}
 
 impl Flight {
     /// The session is over.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.unanswered.clear();
+        self.acknowledged.clear();
     }
 
     /// The agent sends this: the window is kept.
     pub fn sends<C>(&mut self, message: &Candidate<C>, now: Duration) {
         let (key, piece) = (message.key, message.piece);
         self.expire(now);
-        self.0.retain(|it| (it.key, it.piece) != (key, piece));
-        self.0.push(Unanswered {
+        self.unanswered
+            .retain(|it| (it.key, it.piece) != (key, piece));
+        self.unanswered.push(Unanswered {
             key,
             piece,
             bytes: message.bytes,
             sent_at: now,
             stream_heard_at: now,
         });
-        let messages = self.0.len();
-        let bytes: usize = self.0.iter().map(|it| it.bytes).sum();
+        let messages = self.unanswered.len();
+        let bytes: usize = self.unanswered.iter().map(|it| it.bytes).sum();
         assert!(
             messages <= WINDOW_MESSAGES && (bytes <= WINDOW_BYTES || messages == 1),
             "{messages} messages of {bytes} bytes are sent and unanswered"
@@ -75,15 +81,29 @@ impl Flight {
     /// says nothing of it.
     fn expire(&mut self, now: Duration) {
         let silent = |it: &&Unanswered| it.stream_heard_at + ACK_TIMEOUT <= now;
-        let repeated: Vec<_> = self.0.iter().filter(silent).map(Unanswered::lane).collect();
-        self.0
+        let repeated: Vec<_> = self
+            .unanswered
+            .iter()
+            .filter(silent)
+            .map(Unanswered::lane)
+            .collect();
+        self.unanswered
             .retain(|it| it.sent_at + ACK_TIMEOUT > now && !repeated.contains(&it.lane()));
+    }
+
+    /// Whether this was in flight when its acknowledgement came. Asked once.
+    pub fn take_answered(&mut self, key: AttemptKey, piece: Piece) -> bool {
+        let found = self.acknowledged.iter().position(|it| *it == (key, piece));
+        found.is_some_and(|at| {
+            self.acknowledged.swap_remove(at);
+            true
+        })
     }
 
     /// The agent hears this. `gives_up` tells whether a stream is one that a gap error may end.
     pub fn hears(
         &mut self,
-        frame: &str,
+        message: &ServerMessage,
         now: Duration,
         gives_up: impl Fn(AttemptKey, Stream) -> bool,
     ) {
@@ -91,30 +111,39 @@ impl Flight {
             let id = MessageId::parse(id).filter(|id| id.incarnation == INCARNATION)?;
             Some((id.key, id.piece))
         };
-        match ServerMessage::decode(frame, AGENT_ID) {
-            Ok(ServerMessage::Ack(ack)) => {
+        match message {
+            ServerMessage::Ack(ack) => {
                 let Some((key, piece)) = about(&ack.acked_message_id) else {
                     return;
                 };
                 let through = ack.highest_output_sequence.unwrap_or(0);
-                self.0.retain(|it| {
+                if self
+                    .unanswered
+                    .iter()
+                    .any(|it| (it.key, it.piece) == (key, piece))
+                {
+                    self.acknowledged.push((key, piece));
+                }
+                self.unanswered.retain(|it| {
                     let mine = it.lane() == lane(key, piece);
                     let is_output = matches!(it.piece, Piece::Output(..));
                     !(mine && (it.piece == piece || is_output && !it.is_after(through)))
                 });
                 self.heard_of(key, piece, now);
             }
-            Ok(ServerMessage::Error(error)) => {
+            ServerMessage::Error(error) => {
                 let Some((key, piece)) = error.related_message_id.as_deref().and_then(about) else {
                     return;
                 };
                 match (piece, error.highest_accepted_sequence) {
-                    _ if !error.retryable => self.0.retain(|it| (it.key, it.piece) != (key, piece)),
+                    _ if !error.retryable => self
+                        .unanswered
+                        .retain(|it| (it.key, it.piece) != (key, piece)),
                     (Piece::Output(stream, _), Some(highest))
                         if error.code == OUTPUT_SEQUENCE_GAP =>
                     {
                         let ends = gives_up(key, stream);
-                        self.0.retain(|it| {
+                        self.unanswered.retain(|it| {
                             it.lane() != (key, Some(stream)) || !(ends || it.is_after(highest))
                         });
                     }
@@ -126,7 +155,7 @@ impl Flight {
     }
 
     fn heard_of(&mut self, key: AttemptKey, piece: Piece, now: Duration) {
-        for it in &mut self.0 {
+        for it in &mut self.unanswered {
             if it.lane() == lane(key, piece) {
                 it.stream_heard_at = now;
             }
@@ -137,7 +166,6 @@ impl Flight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::Timestamp;
     use crate::wire::server_message::{Ack, ServerError};
 
     const NOW: Duration = Duration::from_secs(1);
@@ -164,10 +192,7 @@ mod tests {
     }
 
     fn hear(flight: &mut Flight, message: &ServerMessage) {
-        let mut frame = Vec::new();
-        message.encode("s1", AGENT_ID, Timestamp(0), &mut frame);
-        let frame = std::str::from_utf8(&frame).expect("JSON");
-        flight.hears(frame, NOW, |_, _| false);
+        flight.hears(message, NOW, |_, _| false);
     }
 
     fn error(code: &str, sequence: u64, highest: Option<u64>) -> ServerMessage {
@@ -201,10 +226,10 @@ mod tests {
             highest_output_sequence: Some(10),
         };
         hear(&mut flight, &ServerMessage::Ack(ack));
-        assert_eq!(flight.0.len(), 53);
+        assert_eq!(flight.unanswered.len(), 53);
         hear(&mut flight, &error(OUTPUT_SEQUENCE_GAP, 61, Some(60)));
-        assert_eq!(flight.0.len(), 49);
+        assert_eq!(flight.unanswered.len(), 49);
         send(&mut flight, 61..=61, NOW + ACK_TIMEOUT);
-        assert_eq!(flight.0.len(), 1);
+        assert_eq!(flight.unanswered.len(), 1);
     }
 }

@@ -33,6 +33,7 @@ pub struct Script {
 impl Script {
     pub fn draw(dice: &mut Dice, toggles: &Toggles) -> Script {
         let most = match (toggles.many_chunks && dice.one_in(2), toggles.large_chunks) {
+            _ if toggles.late.bulk => 40,
             (true, true) => 12,
             (true, false) => 40,
             (false, _) => 3,

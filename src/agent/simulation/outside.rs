@@ -8,6 +8,7 @@ use std::time::Duration;
 use async_channel::{Receiver, Sender};
 use futures_lite::future;
 
+use super::dropped::Dropped;
 use super::flight::Flight;
 use super::ledger::{self, Ledger};
 use super::server::AGENT_ID;
@@ -21,11 +22,12 @@ use crate::limits::{
 };
 use crate::net::{Control, Incoming, NetError, ReportOutcome};
 use crate::outbox::Cursor;
-use crate::outbox::simulated::{MARK_BYTES, SimDisk};
+use crate::outbox::simulated::{MARK_BYTES, SimDisk, Store, Turn};
 use crate::session::delivery::Candidate;
 use crate::session::{LinkState, Now, Session};
 use crate::wire::envelope::Envelope;
 use crate::wire::http::{PolledTasks, Report};
+use crate::wire::{Piece, ServerMessage};
 
 /// What the agent wants of the world.
 pub enum Call {
@@ -50,6 +52,7 @@ pub struct Outside {
     pub active_since: Cell<Option<Now>>,
     turns: Cell<(Duration, u32)>,
     flight: RefCell<Flight>,
+    dropped: RefCell<Dropped>,
 }
 
 thread_local! {
@@ -73,6 +76,7 @@ impl Outside {
             active_since: Cell::new(None),
             turns: Cell::default(),
             flight: RefCell::default(),
+            dropped: RefCell::default(),
         }
     }
 
@@ -162,17 +166,49 @@ impl Outside {
 
     /// The session lets this message go.
     pub fn sends(&self, message: &Candidate<Cursor>) {
+        self.dropped.borrow().check(message);
         self.flight.borrow_mut().sends(message, self.time.now());
     }
 
-    fn hears(&self, frame: &str) {
+    /// The session has dealt with this frame. What closes it, or comes before its time, does not
+    /// count.
+    pub fn heard(&self, frame: &str, session: &Session<Cursor>) {
+        if session.link_state() != LinkState::Active {
+            return;
+        }
         let ledger = self.ledger.borrow();
         let gives_up = |key, stream: Stream| {
             let attempt = &ledger.attempts[ledger.number(key)];
             attempt.gaps_told[stream.index()] >= STREAM_FAILURES_MAX
         };
+        let Ok(message) = ServerMessage::decode(frame, AGENT_ID) else {
+            return;
+        };
         let now = self.time.now();
-        self.flight.borrow_mut().hears(frame, now, gives_up);
+        self.flight.borrow_mut().hears(&message, now, gives_up);
+        self.dropped.borrow_mut().hears(&message, &ledger);
+    }
+
+    /// Something was dropped from the store, or could not be: that may be sent again.
+    pub fn settled(&self, is_dropped: bool) {
+        if !is_dropped {
+            self.dropped.borrow_mut().forget();
+        }
+    }
+
+    /// After a turn of the store.
+    pub fn store_has_noted(&self, turn: &Turn, store: &Store) {
+        self.dropped
+            .borrow_mut()
+            .given_up(&turn.given_up, &self.ledger.borrow());
+        let mut flight = self.flight.borrow_mut();
+        for &(key, stream, sequence) in &turn.acknowledged {
+            let is_noted = !store.waits(key, stream, sequence);
+            assert!(
+                !flight.take_answered(key, Piece::Output(stream, sequence)) || is_noted,
+                "the acknowledgement of chunk {sequence} of {stream:?} of {key} is not noted"
+            );
+        }
     }
 
     /// Runs a script in the place of a process.
@@ -302,13 +338,20 @@ impl Process<'_> {
     }
 }
 
+/// What has become of a final over HTTP when it goes to the socket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OtherWay {
+    #[default]
+    No,
+    /// Its report is on its way.
+    OnIt,
+    /// This life of the agent was told that its report was taken.
+    Done,
+}
+
 /// What the agent's socket has taken.
 pub enum Sent {
-    Text {
-        frame: Vec<u8>,
-        /// Its final was being reported, or was done, when it went to the socket.
-        goes_two_ways: bool,
-    },
+    Text { frame: Vec<u8>, way: OtherWay },
     Ping,
     Close,
 }
@@ -329,10 +372,7 @@ pub struct Line {
 impl FrameReader for Line {
     async fn next(&mut self) -> Result<Incoming, String> {
         match self.arrivals.recv().await {
-            Ok(Arrival::Text(text)) => {
-                self.outside.hears(&text);
-                Ok(Incoming::Text(text.into()))
-            }
+            Ok(Arrival::Text(text)) => Ok(Incoming::Text(text.into())),
             Ok(Arrival::Pong) => Ok(Incoming::Pong),
             Err(_) => Err("the connection was cut".to_owned()),
         }
@@ -370,11 +410,8 @@ impl Writer {
             let sent = match next {
                 Control::Text(frame) => {
                     self.check_is_durable(&frame);
-                    let goes_two_ways = self.goes_two_ways(&frame);
-                    Sent::Text {
-                        frame,
-                        goes_two_ways,
-                    }
+                    let way = self.other_way(&frame);
+                    Sent::Text { frame, way }
                 }
                 Control::Ping => Sent::Ping,
                 Control::Close => Sent::Close,
@@ -401,16 +438,22 @@ impl Writer {
     /// PROTOCOL.md 4.7: while a report is on its way the final is not sent over the WebSocket. One
     /// that was in the socket before may still arrive: the session ended, and the report began, when
     /// the goodbye was yet to be written behind it.
-    fn goes_two_ways(&self, frame: &[u8]) -> bool {
+    fn other_way(&self, frame: &[u8]) -> OtherWay {
         let text = std::str::from_utf8(frame).expect("a text frame");
         let envelope = Envelope::decode(text, AGENT_ID).expect("a valid envelope");
         if envelope.kind != "task.final" {
-            return false;
+            return OtherWay::No;
         }
         let ids = envelope.attempt().expect("it names its attempt");
         let ledger = self.outside.ledger.borrow();
         let attempt = &ledger.attempts[ledger.by_name(&ids.task)];
-        attempt.reporting || attempt.reported_in == Some(ledger.life)
+        if attempt.reporting {
+            OtherWay::OnIt
+        } else if attempt.reported_in == Some(ledger.life) {
+            OtherWay::Done
+        } else {
+            OtherWay::No
+        }
     }
 
     /// PROTOCOL.md 4.1: what goes to the socket would survive a power cut now.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::ledger::{ACCEPTED, Attempt, LIED, Ledger, REFUSED, RELEASED};
+use super::outside::OtherWay;
 use super::rules::{check_content, check_id};
 use super::toggles::{Dice, Toggles};
 use crate::ids::Stream;
@@ -34,8 +35,8 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 pub struct Talk {
     pub hello_answered: bool,
-    /// The frame at hand went to the socket while its final was being reported, or was done.
-    pub goes_two_ways: bool,
+    /// What had become over HTTP of the final in the frame at hand when it went to the socket.
+    pub other_way: OtherWay,
     pub delivery: bool,
     pub cancel: bool,
     /// Of each attempt and stream: all up to here was sent, or need not be.
@@ -221,7 +222,12 @@ impl Server {
             let mut ledger = self.ledger.borrow_mut();
             ledger.attempts[number].set(stream, sequence, ACCEPTED);
         }
-        if self.trouble(self.toggles.withholds_acks, 2) {
+        let withholds = if self.toggles.late.withholds_few {
+            12
+        } else {
+            2
+        };
+        if self.trouble(self.toggles.withholds_acks, withholds) {
             return;
         }
         let mut through = self.toggles.cumulative_acks.then_some(highest);
@@ -282,8 +288,14 @@ impl Server {
         says: &mut Says,
     ) {
         let out_of_turn = talk.offered_again.contains(&number);
+        // One that is done may be asked for once more.
+        let goes_two_ways = match talk.other_way {
+            OtherWay::No => false,
+            OtherWay::OnIt => true,
+            OtherWay::Done => !out_of_turn,
+        };
         assert!(
-            !talk.goes_two_ways || out_of_turn,
+            !goes_two_ways,
             "the final of attempt {number} goes two ways"
         );
         if !out_of_turn {

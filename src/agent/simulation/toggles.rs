@@ -94,12 +94,36 @@ pub struct Toggles {
     pub without_channel: bool,
     pub tasks: u64,
     pub troubled_for: Duration,
+    pub late: LateToggles,
+}
+
+/// Drawn from dice of their own: without them a history is the one that its seed named before they
+/// were there.
+#[derive(Debug, Clone, Default)]
+pub struct LateToggles {
+    /// Withholds one acknowledgement in twelve, not every second.
+    pub withholds_few: bool,
+    /// Output of several windows.
+    pub bulk: bool,
+    /// The disk fails when something is to be dropped.
+    pub fails_at_drops: bool,
+}
+
+impl LateToggles {
+    pub fn draw(seed: u64) -> LateToggles {
+        let mut dice = Dice::new(seed ^ 0x5deece66d);
+        LateToggles {
+            withholds_few: dice.one_in(2),
+            bulk: dice.one_in(100),
+            fails_at_drops: dice.one_in(6),
+        }
+    }
 }
 
 impl Toggles {
-    pub fn draw(dice: &mut Dice) -> Toggles {
+    pub fn draw(dice: &mut Dice, late: LateToggles) -> Toggles {
         let mut toss = |one_in: u64| dice.one_in(one_in);
-        let (large_chunks, small_cap) = (toss(12), toss(10));
+        let (large_chunks, small_cap) = (toss(12) || late.bulk, toss(10));
         Toggles {
             loses_frames: toss(4),
             withholds_acks: toss(5),
@@ -152,6 +176,7 @@ impl Toggles {
                 0 => dice.millis(30_000, 150_000),
                 _ => dice.millis(500, 30_000),
             },
+            late,
         }
     }
 }

@@ -17,7 +17,7 @@ use super::outside::{Arrival, Call, Line, Sent};
 use super::server::{Say, Says, Server, Talk};
 use super::tell;
 use super::time::VirtualTime;
-use super::toggles::{Dice, Toggles};
+use super::toggles::{Dice, LateToggles, Toggles};
 use crate::limits::REQUEST_TIMEOUT;
 use crate::net::{NetError, ReportOutcome};
 use crate::wire::http::PolledTasks;
@@ -108,10 +108,16 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64) -> World {
+        World::with(seed, LateToggles::draw(seed))
+    }
+
+    pub fn with(seed: u64, late: LateToggles) -> World {
         let mut dice = Dice::new(seed);
-        let mut toggles = Toggles::draw(&mut dice);
+        let mut toggles = Toggles::draw(&mut dice, late);
         let time = Rc::new(VirtualTime::default());
-        let ledger = Rc::new(RefCell::new(Ledger::new(toggles.small_cap)));
+        // The store has eight segments, and each failure of the disk costs one of them.
+        let may_rotate = toggles.small_cap || toggles.late.fails_at_drops;
+        let ledger = Rc::new(RefCell::new(Ledger::new(may_rotate)));
         let device = Device::new(&mut dice, &toggles, time.clone(), ledger.clone());
         // Where results go by report alone, one that is refused for ever has no way left.
         toggles.http_refuses &= device.sends_results();
@@ -247,7 +253,12 @@ impl World {
         match event {
             Event::Store => {
                 self.store_is_due = false;
-                if self.device.store_turn() {
+                let aims = self.toggles.late.fails_at_drops && self.healed_at.is_none();
+                let fails = match aims && self.dice.one_in(2) {
+                    true => self.dice.pick(&[1, 3, 20]),
+                    false => 0,
+                };
+                if self.device.store_turn(fails) {
                     // The power went in the middle of it.
                     self.power_cut();
                 }
@@ -410,11 +421,8 @@ impl World {
                 return;
             };
             match sent {
-                Sent::Text {
-                    frame,
-                    goes_two_ways,
-                } => {
-                    connection.talk.goes_two_ways = goes_two_ways;
+                Sent::Text { frame, way } => {
+                    connection.talk.other_way = way;
                     tell!("{now:?} {number} → {}", frame.escape_ascii());
                     let says = self.server.receive(&mut connection.talk, &frame);
                     let is_new = connection.talk.hello_answered;
