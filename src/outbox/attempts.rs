@@ -140,6 +140,41 @@ impl StreamState {
         self.advance();
     }
 
+    /// What waits outside of these ranges, which are sorted, is lost.
+    pub fn keep_only(&mut self, held: &[(u64, u64)]) {
+        let mut next = self.mark.done + 1;
+        let mut gaps = Vec::new();
+        for &(from, to) in held {
+            if next < from {
+                gaps.push((next, from - 1));
+            }
+            next = next.max(to + 1);
+        }
+        gaps.push((next, self.mark.last));
+        for (from, to) in gaps {
+            let to = to.min(self.mark.last);
+            if self.waits_between(from, to) {
+                self.lose(from, to);
+            }
+        }
+    }
+
+    fn waits_between(&self, from: u64, to: u64) -> bool {
+        let from = from.max(self.mark.done + 1);
+        if from > to {
+            return false;
+        }
+        let inside = |sequence: u64| (from..=to).contains(&sequence);
+        let acknowledged = (0..BITS)
+            .filter(|bit| self.mark.bits >> bit & 1 != 0 && inside(self.mark.done + 1 + bit))
+            .count() as u64;
+        let lost = self.mark.lost.iter().map(|&(first, last)| {
+            let (first, last) = (first.max(from), last.min(to));
+            (last + 1).saturating_sub(first)
+        });
+        acknowledged + lost.sum::<u64>() < to - from + 1
+    }
+
     fn move_to(&mut self, done: u64) {
         let shift = done - self.mark.done;
         self.mark.bits = if shift < BITS {
@@ -371,14 +406,15 @@ impl Attempt {
                 let state = self.stream_mut(*stream);
                 state.mark.last = state.mark.last.max(*through);
                 state.lose(1, *through);
-                state.logged_done = state.mark.done;
+                // Of acknowledgements above it the record says nothing.
+                state.logged_done = *through;
                 state.logged_in = at.generation;
             }
             Record::Rejected { stream, sequence } => {
                 let state = self.stream_mut(*stream);
                 state.mark.last = state.mark.last.max(*sequence);
                 state.lose(*sequence, *sequence);
-                state.logged_done = state.mark.done;
+                // The record says nothing of what was acknowledged below it: a mark follows it.
                 state.logged_in = at.generation;
             }
             Record::Mark { stream, mark } => {

@@ -34,6 +34,8 @@ pub(super) enum Fact {
         Reply<Result<ChunkBatch, AppendError>>,
     ),
     Final(Ending, Final, Option<Reply<Result<(), FinishError>>>),
+    /// A chunk, and the watermark that its stream has then.
+    Rejected(Stream, u64, u64, Reply<Result<(), StoreError>>),
     Plain(Record<'static>, Reply<Result<(), StoreError>>),
 }
 
@@ -266,6 +268,13 @@ impl Engine {
                 self.news = true;
                 answer_if(reply, Ok(()));
             }
+            Fact::Rejected(stream, sequence, done, reply) => {
+                let record = Record::Rejected { stream, sequence };
+                self.count_drops(key, &record);
+                self.apply_record(key, &record, at);
+                self.mark_logged(key, stream, done, generation);
+                answer(reply, Ok(()));
+            }
             Fact::Plain(record, reply) => {
                 self.count_drops(key, &record);
                 self.apply_record(key, &record, at);
@@ -390,7 +399,7 @@ impl Fact {
             Fact::Starting(_, reply) => answer(reply, Err(why)),
             Fact::Output(_, _, batch, reply) => answer(reply, Err((batch, why))),
             Fact::Final(_, fin, reply) => answer_if(reply, Err((fin, why))),
-            Fact::Plain(_, reply) => answer(reply, Err(why)),
+            Fact::Rejected(.., reply) | Fact::Plain(_, reply) => answer(reply, Err(why)),
         }
     }
 }

@@ -215,7 +215,16 @@ impl Engine {
         self.make_way(key, None);
         match self.attempts.get(&key) {
             Some(attempt) if attempt.stream(stream).waits(sequence) => {
-                self.stage_plain(key, Record::Rejected { stream, sequence }, reply);
+                let mut state = attempt.stream(stream).clone();
+                state.lose(sequence, sequence);
+                let done = state.mark.done;
+                let mark = state.mark;
+                let record = Record::Rejected { stream, sequence };
+                let at = self.encode(key, &record, LIFE_BYTES as usize);
+                // The watermark may have moved over acknowledgements that nothing else tells.
+                self.unit.push(key, &Record::Mark { stream, mark });
+                let fact = Fact::Rejected(stream, sequence, done, reply);
+                self.staged.push(Staged { key, at, fact });
             }
             _ => answer(reply, Ok(())),
         }

@@ -366,8 +366,8 @@ impl Log {
     /// Takes a segment out of the log. The caller has made sure that nothing of it is needed.
     ///
     /// # Errors
-    /// It stays, and so must what depends on it: it is guarded and could not be made unreadable for
-    /// good, or it could be neither made unreadable nor removed.
+    /// It stays, and so must what depends on it: it could be neither made unreadable nor removed, for
+    /// good if it is guarded.
     pub fn retire(&mut self, generation: u64) -> io::Result<()> {
         let Some(at) = self.position(generation) else {
             return Ok(());
@@ -377,24 +377,22 @@ impl Log {
             .iter()
             .any(|guard| guard.header.guards_predecessor && guard.header.predecessor == generation);
         let name = self.segments[at].name;
-        let blanked = self.blank(name, guarded);
-        if guarded {
-            blanked
-                .as_ref()
-                .map_err(|why| io::Error::from(why.kind()))?;
-        }
         let capacity = self.segments[at].header.capacity;
         let recycled = capacity == self.segment_bytes
             && self.free.len() < FREE_FILES_MAX
-            && self.disk.recycles()
-            && blanked.is_ok();
-        match blanked {
+            && self.disk.recycles();
+        match self.blank(name, guarded) {
             Ok(()) if recycled => self.free.push(name),
             Ok(()) => self.remove_file(name, capacity),
             Err(_) => {
                 // A restart would read it, perhaps long after what says that it is done has gone.
                 remove(self.disk.as_mut(), name)?;
                 self.dir_unsynced = true;
+                if guarded {
+                    // A block of it may be bad for good. Its guard goes after it, so it must not
+                    // come back.
+                    self.disk.sync_dir()?;
+                }
             }
         }
         if at + 1 == self.segments.len() {

@@ -161,12 +161,29 @@ pub(super) fn open_scanned(
     }
     engine.log.trim_free(bounds.cap_bytes);
     engine.log.ensure_spare();
+    lose_what_is_nowhere(&mut engine);
     let recovered = settle(&mut engine)?;
     if let Err(why) = engine.shrink() {
         log::warn!("the outbox is larger than its cap: {why}");
     }
     engine.news = false;
     Ok((engine, recovered))
+}
+
+/// What the log says was stored and no segment holds was lost with damage: nobody may wait for it.
+fn lose_what_is_nowhere(engine: &mut Engine) {
+    let mut held: HashMap<(AttemptKey, Stream), Vec<(u64, u64)>> = HashMap::new();
+    for span in engine.log.segments.iter().flat_map(|each| &each.spans) {
+        let ranges = held.entry((span.key, span.stream)).or_default();
+        ranges.push((span.first, span.last));
+    }
+    for (key, attempt) in &mut engine.attempts {
+        for stream in Stream::ALL {
+            let mut ranges = held.remove(&(*key, stream)).unwrap_or_default();
+            ranges.sort_unstable();
+            attempt.stream_mut(stream).keep_only(&ranges);
+        }
+    }
 }
 
 /// Ends what was starting or running and closes what is done.

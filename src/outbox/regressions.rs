@@ -400,3 +400,58 @@ fn acknowledged_output_whose_segment_was_retired_is_no_hole() {
         assert!(!mark.truncated, "{keep:?}: {mark:?}");
     }
 }
+
+/// The acknowledgements below a refused chunk were known to memory alone: after a restart nobody
+/// could send what they were for, and the attempt stayed open for good.
+#[test]
+fn acknowledgements_below_a_refused_chunk_outlive_their_segment() {
+    for keep in KEEPS {
+        let mut tester = Tester::new(96 << 10);
+        let number = tester.receive();
+        tester.start(number);
+        tester.append(number, OUT, 6);
+        tester.engine().log.seal_active();
+        tester.finish(number);
+        for sequence in 1..=5 {
+            tester.acknowledge_alone(number, OUT, sequence);
+        }
+        tester.reject(number, OUT, 6);
+        let first = oldest_generation(tester.engine());
+        let other = tester.receive();
+        tester.start(other);
+        for round in 0.. {
+            tester.append(other, OUT, 5);
+            if oldest_generation(tester.engine()) > first {
+                break;
+            }
+            assert!(round < 200, "the cap is reached");
+        }
+        power_cut(&mut tester, keep);
+        let attempt = &tester.engine().attempts[&ids(number).key()];
+        assert_eq!(attempt.stream(OUT).waiting(), 0, "{keep:?}");
+    }
+}
+
+/// A header on a bad block can be blanked as little as any other part of the file. The log stood
+/// still for good, since everything behind a guarded segment waits for it.
+#[test]
+fn a_guarded_segment_on_a_bad_block_is_removed() {
+    let mut tester = Tester::new(96 << 10);
+    let number = tester.receive();
+    tester.start(number);
+    tester.append(number, OUT, 2);
+    tester.disk.set_fault(0, Fault::BadFile);
+    tester.append(number, OUT, 2);
+    for _ in 0..200 {
+        tester.append(number, OUT, 5);
+        let last = tester.known[&number].last[OUT.index()].0;
+        tester.acknowledge(number, OUT, last);
+        tester.check();
+    }
+    let (confirmed, last) = tester.known[&number].last[OUT.index()];
+    assert!(
+        confirmed == last && confirmed > 900,
+        "{confirmed} of {last}"
+    );
+    power_cut(&mut tester, Keep::Nothing);
+}

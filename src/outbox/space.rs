@@ -393,7 +393,16 @@ impl Engine {
         for &(key, stream, through, ..) in &dropped {
             let record = Record::Truncated { stream, through };
             let at = self.side.push(key, &record);
-            records.push((key, record, at));
+            if let Some(attempt) = self.attempts.get(&key) {
+                // What else is known of the stream may stand in a segment that only this one's
+                // record keeps.
+                let mut state = attempt.stream(stream).clone();
+                state.lose(1, through);
+                let done = state.mark.done;
+                let mark = state.mark;
+                self.side.push(key, &Record::Mark { stream, mark });
+                records.push((key, record, at, done));
+            }
         }
         let (generation, offset) = self.commit_side(Unlogged::default())?;
         for (key, stream, through, chunks, bytes) in dropped {
@@ -414,8 +423,11 @@ impl Engine {
                 }
             }
         }
-        for (key, record, at) in records {
+        for (key, record, at, done) in records {
             self.apply_record(key, &record, Cursor::record(generation, offset + at));
+            if let Record::Truncated { stream, .. } = record {
+                self.mark_logged(key, stream, done, generation);
+            }
         }
         Ok(true)
     }

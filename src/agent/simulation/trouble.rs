@@ -8,13 +8,15 @@ use super::world::{Event, World};
 impl World {
     pub(super) fn server_speaks(&mut self) {
         let now = self.now();
-        for index in 0..self.connections.len() {
-            let number = self.connections[index].number;
-            let says = self.server.speak(&mut self.connections[index].talk, now);
+        let numbers: Vec<u64> = self.connections.iter().map(|each| each.number).collect();
+        for number in numbers {
+            // What is said may end a connection.
+            let Some(connection) = self.connections.iter_mut().find(|it| it.number == number)
+            else {
+                continue;
+            };
+            let says = self.server.speak(&mut connection.talk, now);
             self.will_say(number, says);
-            if index >= self.connections.len() {
-                break;
-            }
         }
         let pause = match self.healed_at {
             None => self.dice.millis(100, 2_000),

@@ -82,6 +82,11 @@ impl Tester {
             }
         }
         let snapshot = self.engine().snapshot(1 << 20);
+        let read = streams.values().map(Vec::len).sum::<usize>() + finals.len();
+        assert_eq!(
+            read as u64, snapshot.counts.messages_waiting,
+            "something waits that cannot be read"
+        );
         for (number, known) in &self.known {
             let gone = known.discarded.0;
             let seen_final = finals.iter().filter(|&other| other == number).count();
