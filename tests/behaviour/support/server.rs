@@ -280,11 +280,27 @@ impl ScriptedServer {
         })
     }
 
-    /// Runs a task that shows that the session works: what had to be sent before it, was.
+    /// Runs a task that shows that the session works: what had to be sent before it, was. A session
+    /// whose agent was killed may still look active, so the task is delivered once more if its
+    /// connection closes before the agent says that it has it.
     pub fn run_another(&self, name: &str) -> Frame {
         let task = Task::new(name, "true");
-        self.deliver(&task);
-        self.wait_final(&task)
+        loop {
+            let link = self.link();
+            link.deliver(&task);
+            let end = self.wait_for(&format!("the final of {}", task.ids), |log| {
+                let is_lost = || {
+                    log.is_closed(link.conn) && log.frames_of("task.received", &task.ids).is_empty()
+                };
+                match log.first_final(&task.ids) {
+                    Some(end) => Some(Some(end.clone())),
+                    None => is_lost().then_some(None),
+                }
+            });
+            if let Some(end) = end {
+                return end;
+            }
+        }
     }
 
     pub fn look<T>(&self, question: impl FnOnce(&Log) -> T) -> T {
