@@ -99,7 +99,7 @@ def main() -> int:
     words = [given.tests or test_binary(), "--nocapture", "--test-threads=1", *given.filters]
     environment = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/ TMPDIR=/run/tmp"
     # The processors are emulated, and a test ends only with them what has filled them for seconds.
-    settings = {"HOSTLINK_TEST_SLOWDOWN": "4", **os.environ}
+    settings = {"HOSTLINK_TEST_PATIENCE": "4", **os.environ}
     for name, value in settings.items():
         if name.startswith("HOSTLINK_TEST_"):
             environment += f" {name}={shlex.quote(value)}"

@@ -21,16 +21,22 @@ use super::rules::Ledger;
 use super::{Task, lock};
 
 /// The most that a test waits for one event: generous, since it is spent only on failure.
+/// `HOSTLINK_TEST_PATIENCE` multiplies it, for a machine that is slow as a whole.
 pub fn deadline() -> Duration {
-    Duration::from_secs(30) * slowdown()
+    Duration::from_secs(30) * slowdown() * number("HOSTLINK_TEST_PATIENCE")
 }
 
 /// By how much the agent under test may be slower than one for this machine's processor
 /// (`HOSTLINK_TEST_SLOWDOWN`).
 pub fn slowdown() -> u32 {
-    let given = std::env::var("HOSTLINK_TEST_SLOWDOWN").ok();
-    given.map_or(1, |text| {
-        text.parse().expect("HOSTLINK_TEST_SLOWDOWN is a number")
+    number("HOSTLINK_TEST_SLOWDOWN")
+}
+
+/// 1 if it is not set.
+fn number(variable: &str) -> u32 {
+    std::env::var(variable).map_or(1, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable} is no number: {text:?}"))
     })
 }
 
