@@ -140,6 +140,13 @@ impl StreamState {
         self.advance();
     }
 
+    /// The mark that the stream has once these are lost.
+    pub fn mark_without(&self, from: u64, to: u64) -> Mark {
+        let mut state = self.clone();
+        state.lose(from, to);
+        state.mark
+    }
+
     /// What waits outside of these ranges, which are sorted, is lost.
     pub fn keep_only(&mut self, held: &[(u64, u64)]) {
         let mut next = self.mark.done + 1;

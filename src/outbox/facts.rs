@@ -215,10 +215,8 @@ impl Engine {
         self.make_way(key, None);
         match self.attempts.get(&key) {
             Some(attempt) if attempt.stream(stream).waits(sequence) => {
-                let mut state = attempt.stream(stream).clone();
-                state.lose(sequence, sequence);
-                let done = state.mark.done;
-                let mark = state.mark;
+                let mark = attempt.stream(stream).mark_without(sequence, sequence);
+                let done = mark.done;
                 let record = Record::Rejected { stream, sequence };
                 let at = self.encode(key, &record, LIFE_BYTES as usize);
                 // The watermark may have moved over acknowledgements that nothing else tells.

@@ -396,12 +396,9 @@ impl Engine {
             if let Some(attempt) = self.attempts.get(&key) {
                 // What else is known of the stream may stand in a segment that only this one's
                 // record keeps.
-                let mut state = attempt.stream(stream).clone();
-                state.lose(1, through);
-                let done = state.mark.done;
-                let mark = state.mark;
+                let mark = attempt.stream(stream).mark_without(1, through);
+                records.push((key, stream, record, at, mark.done));
                 self.side.push(key, &Record::Mark { stream, mark });
-                records.push((key, record, at, done));
             }
         }
         let (generation, offset) = self.commit_side(Unlogged::default())?;
@@ -423,11 +420,9 @@ impl Engine {
                 }
             }
         }
-        for (key, record, at, done) in records {
+        for (key, stream, record, at, done) in records {
             self.apply_record(key, &record, Cursor::record(generation, offset + at));
-            if let Record::Truncated { stream, .. } = record {
-                self.mark_logged(key, stream, done, generation);
-            }
+            self.mark_logged(key, stream, done, generation);
         }
         Ok(true)
     }
