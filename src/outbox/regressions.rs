@@ -454,4 +454,16 @@ fn a_guarded_segment_on_a_bad_block_is_removed() {
         "{confirmed} of {last}"
     );
     power_cut(&mut tester, Keep::Nothing);
+
+    let mut tester = Tester::new(1 << 20);
+    tester.receive();
+    let first = oldest_generation(tester.engine());
+    tester.disk.set_fault(0, Fault::BadFile);
+    tester.receive();
+    tester.receive();
+    let log = &mut tester.engine().log;
+    let guard = &log.segments[1].header;
+    assert!(guard.guards_predecessor && guard.predecessor == first);
+    assert!(log.retire(first).is_ok());
+    assert!(log.position(first).is_none());
 }
