@@ -253,8 +253,8 @@ pub const RESPONSE_HEADERS_MAX: usize = 100;
 /// What is read from a WebSocket at once; messages larger than this are read in several steps.
 pub const READ_BUFFER_BYTES: usize = 8 * KIB;
 /// What is read from a WebSocket in one turn of the event loop, so that a server that sends
-/// without pause does not keep all else waiting …
-pub const READ_TURN_BYTES: usize = 256 * KIB;
+/// without pause does not keep all else waiting: that many bytes are at most 16,384 frames …
+pub const READ_TURN_BYTES: usize = 32 * KIB;
 /// … and the messages of one turn, for the same reason.
 pub const READ_TURN_MESSAGES: u32 = 64;
 /// A file of the agent's identity, and the size at which a damaged one is not even read.

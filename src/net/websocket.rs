@@ -37,10 +37,9 @@ use crate::limits::{
 
 pub use async_tungstenite::tungstenite::Utf8Bytes;
 
-/// The handshake is read by the library, which gives up beyond 64 KiB: the budget of a turn must
-/// not end it before.
-const HANDSHAKE_BYTES_MAX: usize = 64 * 1024;
-const _: () = assert!(READ_TURN_BYTES > HANDSHAKE_BYTES_MAX);
+/// The handshake is read by the library, which gives up beyond 64 KiB: the budget, which is not
+/// renewed during the handshake, must not end it before.
+const HANDSHAKE_BUDGET_BYTES: usize = 128 * 1024;
 
 /// What arrived.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,7 +140,7 @@ pub(super) async fn upgrade(
     let side = ReadSide {
         half: read_half,
         handshake: Some(write_half),
-        budget_bytes: READ_TURN_BYTES,
+        budget_bytes: HANDSHAKE_BUDGET_BYTES,
     };
     let upgraded = client_async_with_config(request, side, Some(config())).await;
     let (mut socket, response) = upgraded.map_err(|error| match error {
