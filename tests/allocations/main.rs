@@ -4,7 +4,9 @@
 //! are not counted. The output is stored while the server is away, so that the counted part, its
 //! replay, goes the same way each time: half a stream's share of the window is sent, acknowledged
 //! with one frame, and the next half read. So what is left are the allocations of one read and of
-//! one acknowledgement, shared by four chunks, and one more for each chunk would show.
+//! one acknowledgement. Sixteen small chunks share them, so that one more for each chunk is much
+//! more than what varies: each wait of a task for another allocates, and how often they wait
+//! depends on what else the machine does.
 
 mod counting;
 #[path = "../../benches/agent/frames.rs"]
@@ -30,11 +32,11 @@ fn begin_gateway_thread() {
 }
 
 const CHUNKS: u64 = 2048;
-const CHUNK_BYTES: u64 = 16 * 1024;
+const CHUNK_BYTES: u64 = 1024;
 /// Half of what a stream may have in flight.
-const CHUNKS_AN_ACKNOWLEDGEMENT: u64 = 4;
+const CHUNKS_AN_ACKNOWLEDGEMENT: u64 = 16;
 /// Which they are stands in ARCHITECTURE.md.
-const ALLOCATIONS_MAX: f64 = 7.6;
+const ALLOCATIONS_MAX: f64 = 2.4;
 
 #[test]
 fn a_chunk_allocates_only_its_share_of_a_read_and_an_acknowledgement() {
@@ -49,6 +51,10 @@ fn a_chunk_allocates_only_its_share_of_a_read_and_an_acknowledgement() {
         ("HOSTLINK_TOKEN_KEY", "key".to_owned()),
         ("HOSTLINK_WS_RECONNECT_MIN", "100ms".to_owned()),
         ("HOSTLINK_HEARTBEAT_INTERVAL", "0".to_owned()),
+        (
+            "HOSTLINK_TASK_OUTPUT_FLUSH_THRESHOLD",
+            CHUNK_BYTES.to_string(),
+        ),
         ("HOSTLINK_TASK_CGROUP", "off".to_owned()),
         ("HOSTLINK_SET_CLOCK", "false".to_owned()),
     ];
