@@ -10,9 +10,9 @@ use smol::LocalExecutor;
 use super::ledger::Ledger;
 use super::outside::{Call, Outside};
 use super::server::{AGENT_ID, INCARNATION};
-use super::tell;
 use super::time::VirtualTime;
 use super::toggles::{Dice, Toggles};
+use super::{HAS_PANICKED, tell};
 use crate::agent::Context;
 use crate::agent::clock::Clock;
 use crate::agent::clock_floor::ClockFloor;
@@ -234,6 +234,7 @@ impl Device {
         while life.executor.try_tick() {
             ticks += 1;
             assert!(ticks < TICKS_MAX, "tasks go on without an end");
+            assert!(!HAS_PANICKED.get(), "a task of the agent has panicked");
         }
         // What one turn has stored and dropped, a task learns to be stored only now.
         self.note_dropped();

@@ -24,7 +24,9 @@ mod toggles;
 mod trouble;
 mod world;
 
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -76,6 +78,7 @@ use tell;
 
 /// Runs one history.
 fn history(seed: u64) -> u64 {
+    notice_panics();
     let mut world = World::new(seed);
     world.run();
     world.events.get()
@@ -83,7 +86,26 @@ fn history(seed: u64) -> u64 {
 
 /// A history that was found before [`LateToggles`] were there.
 fn early_history(seed: u64) {
+    notice_panics();
     World::with(seed, LateToggles::default()).run();
+}
+
+thread_local! {
+    static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// The executor keeps the panic of a task for whoever awaits the task, which nobody may do: the
+/// driver would seem to have stopped. From here on [`HAS_PANICKED`] tells of any in this thread.
+fn notice_panics() {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            HAS_PANICKED.set(true);
+            before(info);
+        }));
+    });
+    HAS_PANICKED.set(false);
 }
 
 /// The task hears that its last chunks are stored when the same turn of the store has given them up.
