@@ -100,13 +100,14 @@ impl Flight {
         })
     }
 
-    /// The agent hears this. `gives_up` tells whether a stream is one that a gap error may end.
-    pub fn hears(
-        &mut self,
-        message: &ServerMessage,
-        now: Duration,
-        gives_up: impl Fn(AttemptKey, Stream) -> bool,
-    ) {
+    /// The agent does not send this stream any more.
+    pub fn given_up(&mut self, key: AttemptKey, stream: Stream) {
+        self.unanswered
+            .retain(|it| it.lane() != (key, Some(stream)));
+    }
+
+    /// The agent hears this.
+    pub fn hears(&mut self, message: &ServerMessage, now: Duration) {
         let about = |id: &str| {
             let id = MessageId::parse(id).filter(|id| id.incarnation == INCARNATION)?;
             Some((id.key, id.piece))
@@ -142,10 +143,8 @@ impl Flight {
                     (Piece::Output(stream, _), Some(highest))
                         if error.code == OUTPUT_SEQUENCE_GAP =>
                     {
-                        let ends = gives_up(key, stream);
-                        self.unanswered.retain(|it| {
-                            it.lane() != (key, Some(stream)) || !(ends || it.is_after(highest))
-                        });
+                        self.unanswered
+                            .retain(|it| it.lane() != (key, Some(stream)) || !it.is_after(highest));
                     }
                     _ => self.heard_of(key, piece, now),
                 }
@@ -192,7 +191,7 @@ mod tests {
     }
 
     fn hear(flight: &mut Flight, message: &ServerMessage) {
-        flight.hears(message, NOW, |_, _| false);
+        flight.hears(message, NOW);
     }
 
     fn error(code: &str, sequence: u64, highest: Option<u64>) -> ServerMessage {
@@ -231,5 +230,9 @@ mod tests {
         assert_eq!(flight.unanswered.len(), 49);
         send(&mut flight, 61..=61, NOW + ACK_TIMEOUT);
         assert_eq!(flight.unanswered.len(), 1);
+        flight.given_up(key(), Stream::Stderr);
+        assert_eq!(flight.unanswered.len(), 1);
+        flight.given_up(key(), Stream::Stdout);
+        assert_eq!(flight.unanswered.len(), 0);
     }
 }

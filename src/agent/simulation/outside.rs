@@ -17,8 +17,8 @@ use crate::agent::outside::FrameReader;
 use crate::executor::{Cause, Controls, Ended, OutputStore, Spec, Stop, Tail, Usage};
 use crate::ids::Stream;
 use crate::limits::{
-    Chunk, ChunkBatch, ChunkBuffer, STORE_GIVE_UP, STORE_RETRY_DELAY, STREAM_FAILURES_MAX,
-    TASK_QUEUE_MAX, WINDOW_BYTES, WINDOW_MESSAGES, WRITE_TIMEOUT,
+    Chunk, ChunkBatch, ChunkBuffer, STORE_GIVE_UP, STORE_RETRY_DELAY, TASK_QUEUE_MAX, WINDOW_BYTES,
+    WINDOW_MESSAGES, WRITE_TIMEOUT,
 };
 use crate::net::{Control, Incoming, NetError, ReportOutcome};
 use crate::outbox::Cursor;
@@ -177,15 +177,11 @@ impl Outside {
             return;
         }
         let ledger = self.ledger.borrow();
-        let gives_up = |key, stream: Stream| {
-            let attempt = &ledger.attempts[ledger.number(key)];
-            attempt.gaps_told[stream.index()] >= STREAM_FAILURES_MAX
-        };
         let Ok(message) = ServerMessage::decode(frame, AGENT_ID) else {
             return;
         };
         let now = self.time.now();
-        self.flight.borrow_mut().hears(&message, now, gives_up);
+        self.flight.borrow_mut().hears(&message, now);
         self.dropped.borrow_mut().hears(&message, &ledger);
     }
 
@@ -202,6 +198,9 @@ impl Outside {
             .borrow_mut()
             .given_up(&turn.given_up, &self.ledger.borrow());
         let mut flight = self.flight.borrow_mut();
+        for &(key, stream) in &turn.given_up {
+            flight.given_up(key, stream);
+        }
         for &(key, stream, sequence) in &turn.acknowledged {
             let is_noted = !store.waits(key, stream, sequence);
             assert!(
