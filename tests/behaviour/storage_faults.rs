@@ -33,9 +33,16 @@ fn expected_text() -> String {
         .collect()
 }
 
-/// The fault passes: everything arrives over the one connection. `tells` is what the agent says
-/// when it meets the fault.
-fn survives(faults: &str, name: &str, tells: Option<&str>) {
+/// By what it is seen that the agent has met the fault.
+enum Met {
+    /// The output waits, and then does not any more.
+    Says,
+    /// A receipt, which is durable before it is sent, takes so long.
+    Takes(Duration),
+}
+
+/// The fault passes: everything arrives over the one connection.
+fn survives(faults: &str, name: &str, met: Met) {
     if !Agent::can_inject() {
         return;
     }
@@ -45,7 +52,12 @@ fn survives(faults: &str, name: &str, tells: Option<&str>) {
     agent.start_again();
     server.link();
     let task = printing(&agent, name);
+    let delivered_at = Instant::now();
     server.deliver(&task);
+    if let Met::Takes(delay) = met {
+        server.wait_frame("task.received", &task);
+        server.check(delivered_at.elapsed() >= delay, "the disk is not slow");
+    }
     let end = server.wait_end(&task);
     server.check_eq(
         (end.status, end.exit_code),
@@ -56,33 +68,27 @@ fn survives(faults: &str, name: &str, tells: Option<&str>) {
     server.check_eq(text, expected_text(), faults);
     server.check_eq(agent.runs(name), 1, "runs");
     server.check_eq(server.look(|log| log.connections()), 1, "connections");
-    if let Some(line) = tells {
-        agent.wait_line(line);
+    if let Met::Says = met {
+        agent.wait_line("output waits");
         agent.wait_line("its output is stored again");
     }
 }
 
 #[test]
 fn a_full_disk_in_the_middle_costs_nothing() {
-    survives(
-        "pwrite64:error=ENOSPC:when=7..26",
-        "full",
-        Some("output waits"),
-    );
+    survives("pwrite64:error=ENOSPC:when=7..26", "full", Met::Says);
 }
 
 #[test]
 fn a_failed_sync_costs_nothing() {
-    survives(
-        "fdatasync:error=EIO:when=12",
-        "failed-sync",
-        Some("output waits"),
-    );
+    survives("fdatasync:error=EIO:when=12", "failed-sync", Met::Says);
 }
 
 #[test]
 fn a_slow_disk_costs_nothing() {
-    survives("fdatasync:delay_enter=200000", "slow", None);
+    let delay = Duration::from_millis(200);
+    let faults = format!("fdatasync:delay_enter={}", delay.as_micros());
+    survives(&faults, "slow", Met::Takes(delay));
 }
 
 /// A task that was killed cannot be recorded as ended: the device must come down all the same.
