@@ -218,6 +218,8 @@ pub const INBOUND_MESSAGE_BYTES_MAX: usize = MIB;
 pub const RESPONSE_BODY_BYTES_MAX: usize = 4 * MIB;
 /// The head of an HTTP response.
 pub const RESPONSE_HEAD_BYTES_MAX: usize = 16 * KIB;
+/// Finals that were asked for again and wait until output before them is acknowledged.
+pub const ANSWERS_WAITING_MAX: usize = 64;
 /// Small frames waiting in the control lane of the write loop: a receipt for every task that may
 /// be queued, and some more. A server that lets them pile up is disconnected.
 pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;

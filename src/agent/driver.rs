@@ -49,6 +49,8 @@ pub enum Input {
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
+    /// A final that answers a repeated delivery over this connection waits, and whether it is held.
+    AnswerWaits(u64, Arc<Ids>, bool),
     /// Whether it, or a part of it, was gone before.
     NetworkReturned(bool),
     Finals(Vec<WaitingFinal>),
@@ -232,13 +234,17 @@ impl Driver {
                     self.session.transmitted();
                 }
             }
+            Input::AnswerWaits(id, ids, held) if self.is_current(id) => {
+                self.session.answer_waits(ids, held);
+            }
             // Of a connection that has ended.
             Input::DialFailed(..)
             | Input::Connected(_)
             | Input::Frame(..)
             | Input::Heard(_)
             | Input::Disconnected(..)
-            | Input::Snapshot(..) => {}
+            | Input::Snapshot(..)
+            | Input::AnswerWaits(..) => {}
             Input::Batch(batch) => self.take_batch(*batch, now),
             Input::Located(key, stream, from, at) => {
                 self.session.located(key, stream, from, at, now);

@@ -177,15 +177,19 @@ impl Driver {
         let Some(connection) = &self.connection else {
             return;
         };
-        let control = connection.control.clone();
+        let (id, control) = (connection.id, connection.control.clone());
         let granted = self.granted();
         context.clone().spawn(async move {
-            if let Some(stored) = context.outbox.final_of(ids.key()).await {
-                let agent_id = &context.agent_id;
-                let frame = frames::encode_stored_final(&ids, &stored, granted, agent_id);
-                // The server asked; if it does not read, it will ask again.
-                let _ = control.try_send(Control::Text(frame));
+            let Some(stored) = context.outbox.final_of(ids.key()).await else {
+                return;
+            };
+            if stored.output_waits {
+                let waits = Input::AnswerWaits(id, ids, stored.texts_held);
+                return context.tell(waits).await;
             }
+            let frame = frames::encode_stored_final(&ids, &stored, granted, &context.agent_id);
+            // The server asked; if it does not read, it will ask again.
+            let _ = control.try_send(Control::Text(frame));
         });
     }
 }

@@ -304,6 +304,7 @@ impl Engine {
             let ending = attempt.fin?.ending;
             let store = attempt.born.unwrap_or(self.log.incarnation);
             let held = !attempt.final_done;
+            let output_waits = attempt.output_waits();
             let texts = if held { self.stored_texts(key) } else { None };
             let texts_held = texts.is_some();
             let (output, error) = texts.unwrap_or_default();
@@ -320,6 +321,7 @@ impl Engine {
                     usage: ending.usage,
                 },
                 texts_held,
+                output_waits,
             });
         }
         let Some(entry) = self.index_entry(key).ok()? else {
@@ -338,6 +340,7 @@ impl Engine {
                 usage: None,
             },
             texts_held: false,
+            output_waits: false,
         })
     }
 

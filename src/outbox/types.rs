@@ -110,6 +110,8 @@ pub struct StoredFinal {
     pub fin: Final,
     /// The texts are still in the outbox. False once the final is acknowledged.
     pub texts_held: bool,
+    /// Output of the same attempt is not acknowledged.
+    pub output_waits: bool,
 }
 
 /// An unacknowledged final.
@@ -117,7 +119,7 @@ pub struct StoredFinal {
 pub struct FinalWaiting {
     pub ids: Arc<Ids>,
     pub key: AttemptKey,
-    /// Unacknowledged output of the same attempt is held: the final may not overtake it.
+    /// Output of the same attempt is not acknowledged: the final may not overtake it.
     pub output_waits: bool,
 }
 

@@ -166,6 +166,7 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.granted = Granted::default();
         self.cancel_granted = false;
         self.delivery.end();
+        self.answers.clear();
         self.gate.session_down(now);
         self.reports.set_in_hello(Vec::new());
         self.reports.look_again();
@@ -395,6 +396,9 @@ impl<C: Copy + Ord + Default> Session<C> {
     }
 
     pub(super) fn push_ack(&mut self, ack: super::Ack) {
+        if let super::Ack::Output { key, .. } = ack {
+            self.answers.acknowledged(key);
+        }
         let full = match self.acks.push(ack) {
             Ok(()) => return,
             Err(ack) => ack,

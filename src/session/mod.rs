@@ -9,8 +9,10 @@
 //! - [`tasks`]: what waits and what runs.
 //! - [`hello`], [`backoff`], [`failures`], [`window`]: their parts.
 //! - [`connection`]: one connection from its dial to its end.
-//! - [`incoming`]: what the server says; [`offers`]: tasks from their offer to their end.
+//! - [`incoming`]: what the server says; [`offers`]: tasks from their offer to their end;
+//!   [`answers`]: what a repeated offer is to be answered with later.
 
+mod answers;
 pub mod backoff;
 mod connection;
 pub mod delivery;
@@ -33,6 +35,7 @@ use std::time::Duration;
 
 use log::{info, warn};
 
+use self::answers::Answers;
 use self::backoff::{Backoff, Random};
 use self::connection::Link;
 use self::delivery::{Action, Admission, Candidate, Delivery, ReadOrder};
@@ -127,7 +130,8 @@ pub enum Effect<C> {
     },
     SendReceived(Arc<Ids>),
     SendStarted(Arc<Ids>),
-    /// Answer a repeated delivery of an attempt that ended, under the final's own id.
+    /// Answer a repeated delivery of an attempt that ended, under the final's own id; or with
+    /// [`Session::answer_waits`], if output of it is not acknowledged.
     SendFinalAgain(Arc<Ids>),
     SendLease(Arc<Ids>, String),
     /// Read the outbox; answer with [`Session::batch_read`].
@@ -212,6 +216,7 @@ pub struct Session<C> {
     poll: Repeating,
     heartbeat: Repeating,
     tasks: Tasks,
+    answers: Answers,
     /// A task was refused for want of room, and when.
     room_wanted: Option<Now>,
     /// The poll under way is for such a task.
@@ -258,6 +263,7 @@ impl<C: Copy + Ord + Default> Session<C> {
             poll: Repeating::new(settings.poll_interval),
             heartbeat: Repeating::new(settings.heartbeat_interval),
             tasks: Tasks::new(settings.concurrency),
+            answers: Answers::default(),
             room_wanted: None,
             polls_for_refused: false,
             acks: Acks::new(),
@@ -277,6 +283,10 @@ impl<C: Copy + Ord + Default> Session<C> {
             return Some(Effect::Acknowledge(Box::new(std::mem::take(
                 &mut self.acks,
             ))));
+        }
+        // Behind the acknowledgements: the store knows them when it is asked.
+        if let Some(ids) = self.answers.next() {
+            return Some(Effect::SendFinalAgain(ids));
         }
         self.on_time(now);
         if let Some(effect) = self.effects.pop_front() {
@@ -418,6 +428,7 @@ impl<C: Copy + Ord + Default> Session<C> {
     /// the server will say the same again.
     pub fn settled(&mut self, is_dropped: bool) {
         self.delivery.release(is_dropped);
+        self.answers.dropped();
     }
 
     /// A final was stored.

@@ -1,10 +1,12 @@
 //! Tasks as they are offered, recorded, started and ended (PROTOCOL.md 3 and 4.6).
 
+use std::sync::Arc;
+
 use log::warn;
 
 use super::tasks::{QueuedTask, Tasks};
 use super::{Effect, Now, Origin, Recorded, Session};
-use crate::ids::AttemptKey;
+use crate::ids::{AttemptKey, Ids};
 use crate::wire::{Piece, TaskOffer};
 
 impl<C: Copy + Ord + Default> Session<C> {
@@ -74,6 +76,14 @@ impl<C: Copy + Ord + Default> Session<C> {
                     self.effects.push_back(Effect::SendFinalAgain(ids));
                 }
             }
+        }
+    }
+
+    /// Answer to [`Effect::SendFinalAgain`]: output of the attempt is not acknowledged. A final that
+    /// is held comes behind it in its order, and so it may be on its way already.
+    pub fn answer_waits(&mut self, ids: Arc<Ids>, held: bool) {
+        if self.link.is_active() && !held {
+            self.answers.wait(ids);
         }
     }
 

@@ -287,20 +287,17 @@ impl Server {
         id: String,
         says: &mut Says,
     ) {
-        let out_of_turn = talk.offered_again.contains(&number);
-        // One that is done may be asked for once more.
         let goes_two_ways = match talk.other_way {
             OtherWay::No => false,
             OtherWay::OnIt => true,
-            OtherWay::Done => !out_of_turn,
+            // One that is done may be asked for once more.
+            OtherWay::Done => !talk.offered_again.contains(&number),
         };
         assert!(
             !goes_two_ways,
             "the final of attempt {number} goes two ways"
         );
-        if !out_of_turn {
-            self.check_output_first(talk, number);
-        }
+        self.check_output_first(talk, number);
         self.see_final(number, fin);
         if self.trouble(self.toggles.loses_frames, 6) {
             return;

@@ -293,3 +293,42 @@ fn a_final_that_is_being_reported_answers_no_delivery() {
     bench.run();
     assert!(bench.has(|effect| matches!(effect, Effect::SendFinalAgain(_))));
 }
+
+#[test]
+fn a_final_that_answers_a_delivery_waits_for_the_output_of_its_attempt() {
+    let mut bench = Bench::connected();
+    bench.store("t", 1..=2);
+    bench.store("other", 1..=1);
+    let asked = |bench: &mut Bench| {
+        bench.run();
+        let acknowledges = |effect: &Effect<usize>| matches!(effect, Effect::Acknowledge(_));
+        let answers = |effect: &Effect<usize>| matches!(effect, Effect::SendFinalAgain(_));
+        let acknowledged = bench.effects.iter().rposition(acknowledges);
+        let answered = bench.effects.iter().position(answers);
+        assert!(answered.is_none() || acknowledged < answered, "too early");
+        bench.forget();
+        answered.is_some()
+    };
+    bench.session.answer_waits(ids("t"), false);
+    assert!(!asked(&mut bench));
+    bench.ack("other", 1, None);
+    assert!(!asked(&mut bench));
+    bench.ack("t", 1, None);
+    assert!(asked(&mut bench), "some of its output was acknowledged");
+    assert!(!asked(&mut bench), "once for each acknowledgement");
+
+    bench.session.answer_waits(ids("t"), false);
+    bench.session.settled(true);
+    assert!(asked(&mut bench), "the rest may have been dropped");
+
+    // One that is held is on its way behind the output.
+    bench.session.answer_waits(ids("t"), true);
+    bench.ack("t", 2, None);
+    assert!(!asked(&mut bench));
+
+    bench.session.answer_waits(ids("t"), false);
+    bench.session.disconnected("cut", bench.now);
+    bench.connect(HelloAck::default());
+    bench.session.settled(true);
+    assert!(!asked(&mut bench), "the session that asked is over");
+}
