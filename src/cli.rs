@@ -94,7 +94,10 @@ fn run_agent(loaded: Loaded) -> u8 {
         warn!("{warning}");
     }
     match loaded.config {
-        Ok(config) => agent::run(config),
+        Ok(config) => {
+            crate::panics::end_the_process();
+            agent::run(config)
+        }
         Err(error) => {
             log::error!("{error}");
             EXIT_CONFIG

@@ -28,6 +28,7 @@ pub mod limits;
 pub mod logger;
 pub mod net;
 pub mod outbox;
+pub mod panics;
 pub mod reaping;
 pub mod session;
 pub mod threads;

@@ -5,13 +5,14 @@ use std::fs;
 use std::path::Path;
 
 /// A layer, the folder or file that holds it, and what of the crate it may use.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
     ("limits", &[]),
     ("ids", &["limits"]),
     ("clock", &[]),
     ("wire", &["clock", "ids", "limits"]),
     ("session", &["wire", "ids", "limits"]),
-    ("outbox", &["clock", "ids", "limits"]),
+    ("panics", &[]),
+    ("outbox", &["panics", "clock", "ids", "limits"]),
     ("reaping", &[]),
     ("executor", &["reaping", "wire", "ids", "limits"]),
     ("net", &["clock", "wire", "ids", "limits"]),
@@ -19,7 +20,7 @@ const LAYERS: [(&str, &[&str]); 17] = [
     ("logger", &["wire"]),
     ("threads", &[]),
     ("heap", &[]),
-    ("gateway", &["wire", "net", "ids", "limits"]),
+    ("gateway", &["panics", "wire", "net", "ids", "limits"]),
     (
         "agent",
         &[
@@ -28,7 +29,9 @@ const LAYERS: [(&str, &[&str]); 17] = [
     ),
     (
         "cli",
-        &["agent", "config", "gateway", "logger", "outbox", "threads"],
+        &[
+            "agent", "config", "gateway", "logger", "outbox", "panics", "threads",
+        ],
     ),
     ("main", &["cli", "heap", "threads"]),
 ];

@@ -24,6 +24,7 @@ use crate::ids::AttemptKey;
 use crate::limits::{
     GATEWAY_OPEN_JOURNALS_MAX, GATEWAY_STORAGE_QUEUE, LOCK_PATIENCE, LOCK_RETRY_DELAY,
 };
+use crate::panics;
 use crate::wire::http::Tag;
 
 const INDEX_CACHE_BYTES: u64 = 8 << 20;
@@ -242,7 +243,7 @@ impl Index {
         };
         let patience = Instant::now() + LOCK_PATIENCE;
         loop {
-            match std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)) {
+            match panics::guarded(open) {
                 Ok(Ok(index)) => return Ok(index),
                 // Whoever had it before may have left a child that still shares the lock, and that
                 // has not replaced its image yet.
@@ -250,7 +251,7 @@ impl Index {
                     std::thread::sleep(LOCK_RETRY_DELAY);
                 }
                 Ok(Err(error)) => return Err(failed(&error)),
-                Err(_) => return Err(failed(&"it is damaged")),
+                Err(panics::Panicked) => return Err(failed(&"it is damaged")),
             }
         }
     }

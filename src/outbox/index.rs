@@ -13,13 +13,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use super::disk::sync_folder;
 use super::record::{Entry, status_code, status_of, u32_at, u64_at};
 use crate::ids::{AttemptKey, Incarnation};
 use crate::limits::FINISHED_ATTEMPTS_MAX;
+use crate::panics;
 
 /// Entries that wait in memory for the next flush.
 const PENDING_MAX: usize = 512;
@@ -120,7 +120,7 @@ impl SledIndex {
     fn replace(&mut self, why: &io::Error) -> io::Result<()> {
         // A sled that has failed may also panic while it is closed.
         let broken = self.db.take();
-        let _ = catch_unwind(AssertUnwindSafe(move || drop(broken)));
+        let _ = panics::guarded(move || drop(broken));
         let aside = self.dir.with_extension("damaged");
         log::error!(
             "the index of the outbox in {} cannot be used ({why}): it is set aside as {} and \
@@ -308,11 +308,11 @@ fn evict(db: &sled::Db) -> sled::Result<(usize, u64)> {
 
 /// A damaged sled panics in many places: that is an error like any other.
 fn guarded<T>(run: impl FnOnce() -> sled::Result<T>) -> io::Result<T> {
-    match catch_unwind(AssertUnwindSafe(run)) {
+    match panics::guarded(run) {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(sled::Error::Io(why))) => Err(why),
         Ok(Err(why)) => Err(io::Error::other(why.to_string())),
-        Err(_) => Err(io::Error::other("it panicked")),
+        Err(panics::Panicked) => Err(io::Error::other("it panicked")),
     }
 }
 

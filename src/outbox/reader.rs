@@ -42,8 +42,7 @@ impl Engine {
         let mut full = false;
         while !full {
             let segments = &self.log.segments;
-            let at =
-                segments.partition_point(|segment| segment.generation() < batch.next.generation);
+            let at = segments.partition_point(|it| it.generation() < batch.next.generation);
             let Some(segment) = segments.get(at) else {
                 batch.at_end = true;
                 break;
@@ -303,8 +302,7 @@ impl Engine {
             }
             let ending = attempt.fin?.ending;
             let store = attempt.born.unwrap_or(self.log.incarnation);
-            let held = !attempt.final_done;
-            let output_waits = attempt.output_waits();
+            let (held, output_waits) = (!attempt.final_done, attempt.output_waits());
             let texts = if held { self.stored_texts(key) } else { None };
             let texts_held = texts.is_some();
             let (output, error) = texts.unwrap_or_default();
