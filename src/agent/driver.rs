@@ -132,6 +132,10 @@ impl Driver {
         loop {
             let now = self.now();
             while let Some(effect) = self.session.next_effect(now) {
+                #[cfg(test)]
+                if let Some(outside) = &self.context.simulated {
+                    outside.does(&effect);
+                }
                 self.carry_out(effect).await;
             }
             #[cfg(test)]

@@ -84,8 +84,9 @@ pub struct Device {
     /// Streams given up in the last turn of the store that dropped something, until the tasks have
     /// heard of that turn.
     dropped: Option<Vec<(AttemptKey, Stream)>>,
-    /// Streams that were being given up when the power went: a start may find that on the disk.
-    cut_short: Vec<(AttemptKey, Stream)>,
+    /// Streams that the store was asked to give up: a start may find that on the disk, also if the
+    /// answer was an error, or the power went.
+    to_give_up: Vec<(AttemptKey, Stream)>,
 }
 
 thread_local! {
@@ -139,7 +140,7 @@ impl Device {
             starting: false,
             may_break: true,
             dropped: None,
-            cut_short: Vec::new(),
+            to_give_up: Vec::new(),
         }
     }
 
@@ -162,9 +163,8 @@ impl Device {
                 attempt.reporting = false;
             }
             // A cut may be durable without an answer, if output may have to make room or its stream
-            // was being given up.
-            let given_up = std::mem::take(&mut self.cut_short);
-            ledger.drop_chunks(&given_up, |key, stream, sequence| {
+            // was to be given up.
+            ledger.drop_chunks(&self.to_give_up, |key, stream, sequence| {
                 store.waits(key, stream, sequence)
             });
         }
@@ -303,8 +303,8 @@ impl Device {
         for &(key, stream) in &turn.given_up {
             self.ledger.borrow_mut().give_up(key, stream);
         }
+        self.to_give_up.extend(&turn.given_up);
         if self.disk.is_crashed() {
-            self.cut_short = turn.given_up;
             return true;
         }
         if turn.has_dropped {

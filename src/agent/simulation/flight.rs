@@ -1,5 +1,5 @@
 //! The window, counted at the agent's end and not by the session: a message is in flight from its
-//! admission until the agent hears an answer to it, or repeats its stream.
+//! admission until the agent hears an answer to it, or repeats its stream or gives it up.
 //!
 //! The server's end cannot tell. What it said was perhaps not heard yet when a message was sent, and
 //! a message may arrive behind an answer that the agent has heard: a false acknowledgement, or the
@@ -20,7 +20,8 @@ struct Unanswered {
     piece: Piece,
     bytes: usize,
     sent_at: Duration,
-    /// When the server last said something of its stream.
+    /// When the server last said something of its stream, or something was sent of it while nothing
+    /// of it was in flight.
     stream_heard_at: Duration,
 }
 
@@ -62,12 +63,15 @@ impl Flight {
         self.expire(now);
         self.unanswered
             .retain(|it| (it.key, it.piece) != (key, piece));
+        let others = self.unanswered.iter();
+        let others = others.filter(|it| it.lane() == lane(key, piece));
+        let stream_heard_at = others.map(|it| it.stream_heard_at).min().unwrap_or(now);
         self.unanswered.push(Unanswered {
             key,
             piece,
             bytes: message.bytes,
             sent_at: now,
-            stream_heard_at: now,
+            stream_heard_at,
         });
         let messages = self.unanswered.len();
         let bytes: usize = self.unanswered.iter().map(|it| it.bytes).sum();
@@ -100,10 +104,11 @@ impl Flight {
         })
     }
 
-    /// The agent does not send this stream any more.
-    pub fn given_up(&mut self, key: AttemptKey, stream: Stream) {
+    /// The agent does not count what it has sent of this stream from there on: it is sent again,
+    /// since the server misses something before it, or given up.
+    pub fn withdrawn(&mut self, key: AttemptKey, stream: Stream, from: u64) {
         self.unanswered
-            .retain(|it| it.lane() != (key, Some(stream)));
+            .retain(|it| it.lane() != (key, Some(stream)) || !it.is_after(from - 1));
     }
 
     /// The agent hears this.
@@ -136,16 +141,11 @@ impl Flight {
                 let Some((key, piece)) = error.related_message_id.as_deref().and_then(about) else {
                     return;
                 };
-                match (piece, error.highest_accepted_sequence) {
+                match error.highest_accepted_sequence {
                     _ if !error.retryable => self
                         .unanswered
                         .retain(|it| (it.key, it.piece) != (key, piece)),
-                    (Piece::Output(stream, _), Some(highest))
-                        if error.code == OUTPUT_SEQUENCE_GAP =>
-                    {
-                        self.unanswered
-                            .retain(|it| it.lane() != (key, Some(stream)) || !it.is_after(highest));
-                    }
+                    Some(_) if error.code == OUTPUT_SEQUENCE_GAP => {}
                     _ => self.heard_of(key, piece, now),
                 }
             }
@@ -227,12 +227,14 @@ mod tests {
         hear(&mut flight, &ServerMessage::Ack(ack));
         assert_eq!(flight.unanswered.len(), 53);
         hear(&mut flight, &error(OUTPUT_SEQUENCE_GAP, 61, Some(60)));
+        assert_eq!(flight.unanswered.len(), 53);
+        flight.withdrawn(key(), Stream::Stdout, 61);
         assert_eq!(flight.unanswered.len(), 49);
         send(&mut flight, 61..=61, NOW + ACK_TIMEOUT);
         assert_eq!(flight.unanswered.len(), 1);
-        flight.given_up(key(), Stream::Stderr);
+        flight.withdrawn(key(), Stream::Stderr, 1);
         assert_eq!(flight.unanswered.len(), 1);
-        flight.given_up(key(), Stream::Stdout);
+        flight.withdrawn(key(), Stream::Stdout, 1);
         assert_eq!(flight.unanswered.len(), 0);
     }
 }

@@ -24,7 +24,7 @@ use crate::net::{Control, Incoming, NetError, ReportOutcome};
 use crate::outbox::Cursor;
 use crate::outbox::simulated::{MARK_BYTES, SimDisk, Store, Turn};
 use crate::session::delivery::Candidate;
-use crate::session::{LinkState, Now, Session};
+use crate::session::{Effect, LinkState, Now, Session};
 use crate::wire::envelope::Envelope;
 use crate::wire::http::{PolledTasks, Report};
 use crate::wire::{Piece, ServerMessage};
@@ -170,6 +170,16 @@ impl Outside {
         self.flight.borrow_mut().sends(message, self.time.now());
     }
 
+    /// The session wants this done.
+    pub fn does(&self, effect: &Effect<Cursor>) {
+        let mut flight = self.flight.borrow_mut();
+        match *effect {
+            Effect::Locate { key, stream, from } => flight.withdrawn(key, stream, from),
+            Effect::GiveUpStream { key, stream } => flight.withdrawn(key, stream, 1),
+            _ => {}
+        }
+    }
+
     /// The session has dealt with this frame. What closes it, or comes before its time, does not
     /// count.
     pub fn heard(&self, frame: &str, session: &Session<Cursor>) {
@@ -198,9 +208,6 @@ impl Outside {
             .borrow_mut()
             .given_up(&turn.given_up, &self.ledger.borrow());
         let mut flight = self.flight.borrow_mut();
-        for &(key, stream) in &turn.given_up {
-            flight.given_up(key, stream);
-        }
         for &(key, stream, sequence) in &turn.acknowledged {
             let is_noted = !store.waits(key, stream, sequence);
             assert!(

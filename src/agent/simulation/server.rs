@@ -27,8 +27,8 @@ pub(super) struct Known {
     pub accepted: [u64; 2],
     pub has_final: bool,
     pub offered_at: Option<Duration>,
-    /// Not forgotten, since it is about what the agent may know.
-    pub offered_before: bool,
+    /// By any way. Not forgotten, since it is about what the agent may know.
+    pub offers: u32,
 }
 
 /// The server's end of one connection.
@@ -43,7 +43,7 @@ pub struct Talk {
     pub passed: Vec<[u64; 2]>,
     pub spoke: Vec<[bool; 2]>,
     /// Offered over this connection although known: its final may come out of turn.
-    pub offered_again: BTreeSet<usize>,
+    pub delivered: BTreeSet<usize>,
 }
 
 pub struct Server {
@@ -97,7 +97,7 @@ impl Server {
     pub fn forget(&mut self) {
         for known in &mut self.known {
             *known = Known {
-                offered_before: known.offered_before,
+                offers: known.offers,
                 ..Known::default()
             };
         }
@@ -291,7 +291,7 @@ impl Server {
             OtherWay::No => false,
             OtherWay::OnIt => true,
             // One that is done may be asked for once more.
-            OtherWay::Done => !talk.offered_again.contains(&number),
+            OtherWay::Done => !talk.delivered.contains(&number) || self.known[number].offers < 2,
         };
         assert!(
             !goes_two_ways,
@@ -328,11 +328,8 @@ impl Server {
         }
         if talk.delivery {
             for number in 0..self.known.len() {
-                let known_there = self.known[number].offered_before;
                 if let Some(offer) = self.offer(number, now, true) {
-                    if known_there {
-                        talk.offered_again.insert(number);
-                    }
+                    talk.delivered.insert(number);
                     says.push((
                         Duration::ZERO,
                         Say::message(ServerMessage::Deliver(Box::new(offer))),
@@ -390,7 +387,7 @@ impl Server {
             return None;
         }
         known.offered_at = Some(now);
-        known.offered_before = true;
+        known.offers += 1;
         Some(TaskOffer {
             ids: attempt.ids.clone(),
             command: "true".into(),
@@ -443,7 +440,7 @@ pub fn error(
 impl Server {
     /// Whether the agent may ever have heard of it.
     pub fn has_been_offered(&self, number: usize) -> bool {
-        self.known[number].offered_before
+        self.known[number].offers > 0
     }
 
     pub fn describe(&self) -> String {
