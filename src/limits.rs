@@ -162,6 +162,9 @@ pub const LANES_MAX: usize = 2 * WINDOW_MESSAGES;
 
 /// Batches handed to the write loop and not yet written.
 pub const BATCHES_IN_WRITER: usize = 2;
+/// Finals that answer a repeated delivery and wait behind these batches. A further one is left out:
+/// it is on its way in its order.
+pub const ANSWERS_IN_WRITER: usize = 4;
 
 /// Streams whose failures are remembered between sessions.
 pub const STREAM_FAILURES_REMEMBERED: usize = 64;

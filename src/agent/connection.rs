@@ -11,7 +11,8 @@ use super::driver::{self, Input};
 use super::outside::FrameReader;
 use super::{Context, frames};
 use crate::limits::{
-    BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE, LARGE_FRAME_BYTES,
+    ANSWERS_IN_WRITER, BATCHES_IN_WRITER, CONTROL_LANE_FRAMES, DATA_LANE_FRAMES, GOODBYE_PATIENCE,
+    LARGE_FRAME_BYTES,
 };
 use crate::net::{self, Control, Incoming};
 use crate::outbox;
@@ -25,6 +26,14 @@ pub struct OutBatch {
     pub granted: Granted,
 }
 
+/// What goes out in this order.
+#[expect(clippy::large_enum_variant, reason = "nearly all are batches")]
+pub enum ToSend {
+    Batch(OutBatch),
+    /// A final that answers a repeated delivery and may not pass output of its attempt.
+    Answer(Vec<u8>),
+}
+
 /// The driver's end of a connection. Dropping it ends the connection.
 pub struct Connection {
     /// Tells this connection's inputs from those of earlier ones.
@@ -32,7 +41,7 @@ pub struct Connection {
     pub control: Sender<Control>,
     /// The other end of it, to take back what is not written yet.
     lane: Receiver<Control>,
-    pub batches: Sender<OutBatch>,
+    pub batches: Sender<ToSend>,
     task: smol::Task<()>,
 }
 
@@ -41,7 +50,7 @@ impl Connection {
     #[inline(never)]
     pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
         let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
-        let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER);
+        let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER + ANSWERS_IN_WRITER);
         let lane = control_lane.clone();
         let task = context.start(run(context.clone(), id, control_lane, to_send));
         Connection {
@@ -70,12 +79,7 @@ impl Connection {
     }
 }
 
-async fn run(
-    context: Rc<Context>,
-    id: u64,
-    control: Receiver<Control>,
-    batches: Receiver<OutBatch>,
-) {
+async fn run(context: Rc<Context>, id: u64, control: Receiver<Control>, batches: Receiver<ToSend>) {
     #[cfg(test)]
     if let Some(outside) = context.simulated.clone() {
         match outside.connect().await {
@@ -104,7 +108,7 @@ async fn converse<W: Future<Output = String>>(
     context: &Rc<Context>,
     id: u64,
     reader: impl FrameReader,
-    batches: Receiver<OutBatch>,
+    batches: Receiver<ToSend>,
     write: impl FnOnce(Receiver<Vec<u8>>, Sender<Vec<u8>>) -> W,
 ) {
     context.tell(Input::Connected(id)).await;
@@ -165,11 +169,19 @@ async fn read_loop(
 async fn send_batches(
     context: &Rc<Context>,
     id: u64,
-    batches: Receiver<OutBatch>,
+    batches: Receiver<ToSend>,
     data: Sender<Vec<u8>>,
     spare: Receiver<Vec<u8>>,
 ) -> String {
-    while let Ok(out) = batches.recv().await {
+    while let Ok(next) = batches.recv().await {
+        let out = match next {
+            ToSend::Batch(out) => out,
+            ToSend::Answer(frame) => {
+                // The lane is closed when the connection ends.
+                let _ = data.send(frame).await;
+                continue;
+            }
+        };
         for admitted in &out.admission {
             let mut frame = spare.try_recv().unwrap_or_default();
             frame.clear();

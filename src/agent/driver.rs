@@ -10,7 +10,7 @@ use async_tungstenite::tungstenite::Utf8Bytes;
 use futures_lite::{FutureExt, future};
 use log::{debug, info, warn};
 
-use super::connection::{Connection, OutBatch};
+use super::connection::{Connection, OutBatch, ToSend};
 use super::effects::{self, RunningStops};
 use super::status::Status;
 use super::{Context, frames};
@@ -49,8 +49,8 @@ pub enum Input {
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
-    /// A final that answers a repeated delivery over this connection waits, and whether it is held.
-    AnswerWaits(u64, Arc<Ids>, bool),
+    /// A final that answers a repeated delivery over this connection waits.
+    AnswerWaits(u64, Arc<Ids>),
     /// Whether it, or a part of it, was gone before.
     NetworkReturned(bool),
     Finals(Vec<WaitingFinal>),
@@ -238,9 +238,7 @@ impl Driver {
                     self.session.transmitted();
                 }
             }
-            Input::AnswerWaits(id, ids, held) if self.is_current(id) => {
-                self.session.answer_waits(ids, held);
-            }
+            Input::AnswerWaits(id, ids) if self.is_current(id) => self.session.answer_waits(ids),
             // Of a connection that has ended.
             Input::DialFailed(..)
             | Input::Connected(_)
@@ -342,7 +340,7 @@ impl Driver {
             granted: self.granted(),
         };
         if let Some(connection) = &self.connection {
-            let sent = connection.batches.try_send(out);
+            let sent = connection.batches.try_send(ToSend::Batch(out));
             debug_assert!(
                 !matches!(sent, Err(TrySendError::Full(_))),
                 "the session counts the batches in the writer"

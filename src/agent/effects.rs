@@ -9,11 +9,14 @@ use std::time::Duration;
 use async_channel::{Receiver, TrySendError};
 use log::warn;
 
+use super::connection::{Connection, ToSend};
 use super::driver::{Driver, Input};
-use super::{Context, connection::Connection, frames, report, task};
+use super::{Context, frames, report, task};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids};
-use crate::limits::{COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX, STORE_RETRY_DELAY};
+use crate::limits::{
+    ANSWERS_IN_WRITER, COMMAND_BYTES_MAX, HELLO_BYTES_MAX, OPEN_ATTEMPTS_MAX, STORE_RETRY_DELAY,
+};
 use crate::net::{Control, NetError};
 use crate::outbox::{self, Cursor, Phase, ReadRequest, Receipt, Reception, Submitted};
 use crate::session::reports::WaitingFinal;
@@ -177,19 +180,24 @@ impl Driver {
         let Some(connection) = &self.connection else {
             return;
         };
-        let (id, control) = (connection.id, connection.control.clone());
+        let id = connection.id;
+        let (control, batches) = (connection.control.clone(), connection.batches.clone());
         let granted = self.granted();
         context.clone().spawn(async move {
             let Some(stored) = context.outbox.final_of(ids.key()).await else {
                 return;
             };
-            if stored.output_waits {
-                let waits = Input::AnswerWaits(id, ids, stored.texts_held);
-                return context.tell(waits).await;
+            if stored.output_waits && !stored.texts_held {
+                return context.tell(Input::AnswerWaits(id, ids)).await;
             }
             let frame = frames::encode_stored_final(&ids, &stored, granted, &context.agent_id);
             // The server asked; if it does not read, it will ask again.
-            let _ = control.try_send(Control::Text(frame));
+            if !stored.output_waits {
+                let _ = control.try_send(Control::Text(frame));
+            } else if batches.len() < ANSWERS_IN_WRITER {
+                // The other places are those of batches.
+                let _ = batches.try_send(ToSend::Answer(frame));
+            }
         });
     }
 }

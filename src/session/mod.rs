@@ -130,8 +130,9 @@ pub enum Effect<C> {
     },
     SendReceived(Arc<Ids>),
     SendStarted(Arc<Ids>),
-    /// Answer a repeated delivery of an attempt that ended, under the final's own id; or with
-    /// [`Session::answer_waits`], if output of it is not acknowledged.
+    /// Answer a repeated delivery of an attempt that ended, under the final's own id. One that is
+    /// in flight goes behind all that was admitted before; for one that is done answer with
+    /// [`Session::answer_waits`] while output of its attempt is not acknowledged.
     SendFinalAgain(Arc<Ids>),
     SendLease(Arc<Ids>, String),
     /// Read the outbox; answer with [`Session::batch_read`].

@@ -79,10 +79,9 @@ impl<C: Copy + Ord + Default> Session<C> {
         }
     }
 
-    /// Answer to [`Effect::SendFinalAgain`]: output of the attempt is not acknowledged. A final that
-    /// is held comes behind it in its order, and so it may be on its way already.
-    pub fn answer_waits(&mut self, ids: Arc<Ids>, held: bool) {
-        if self.link.is_active() && !held {
+    /// Answer to [`Effect::SendFinalAgain`]: the final is done, output of the attempt is not.
+    pub fn answer_waits(&mut self, ids: Arc<Ids>) {
+        if self.link.is_active() {
             self.answers.wait(ids);
         }
     }

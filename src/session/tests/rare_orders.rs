@@ -309,7 +309,7 @@ fn a_final_that_answers_a_delivery_waits_for_the_output_of_its_attempt() {
         bench.forget();
         answered.is_some()
     };
-    bench.session.answer_waits(ids("t"), false);
+    bench.session.answer_waits(ids("t"));
     assert!(!asked(&mut bench));
     bench.ack("other", 1, None);
     assert!(!asked(&mut bench));
@@ -317,16 +317,11 @@ fn a_final_that_answers_a_delivery_waits_for_the_output_of_its_attempt() {
     assert!(asked(&mut bench), "some of its output was acknowledged");
     assert!(!asked(&mut bench), "once for each acknowledgement");
 
-    bench.session.answer_waits(ids("t"), false);
+    bench.session.answer_waits(ids("t"));
     bench.session.settled(true);
     assert!(asked(&mut bench), "the rest may have been dropped");
 
-    // One that is held is on its way behind the output.
-    bench.session.answer_waits(ids("t"), true);
-    bench.ack("t", 2, None);
-    assert!(!asked(&mut bench));
-
-    bench.session.answer_waits(ids("t"), false);
+    bench.session.answer_waits(ids("t"));
     bench.session.disconnected("cut", bench.now);
     bench.connect(HelloAck::default());
     bench.session.settled(true);
