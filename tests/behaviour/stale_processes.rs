@@ -26,6 +26,14 @@ impl Innocent {
     fn lives(&mut self) -> bool {
         self.0.try_wait().is_ok_and(|ended| ended.is_none())
     }
+
+    /// As the agent notes it, in ticks of 10 ms since the device has started.
+    fn started(&self) -> String {
+        let id = self.0.id();
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).expect("it lives");
+        let behind = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or("");
+        behind.split_whitespace().nth(19).unwrap_or("").to_owned()
+    }
 }
 
 impl Drop for Innocent {
@@ -54,8 +62,10 @@ fn a_process_id_that_was_used_again_is_not_hit() {
     server.check_eq(fields.len(), 4, "boot, process, start, attempt");
     agent.kill();
     agent.release("end");
-    let mut innocent = Innocent::new(&[]);
-    // As if the kernel had come round to the same number.
+    // As if the kernel had come round to the same number, which takes it longer than a tick.
+    let mut innocent = std::iter::repeat_with(|| Innocent::new(&[]))
+        .find(|innocent| innocent.started() != fields[2])
+        .expect("ticks go on");
     let id = innocent.0.id();
     let line = format!("{} {id} {} {}", fields[0], fields[2], fields[3]);
     std::fs::write(&path, format!("{line:<127}\n")).expect("our own file");
@@ -75,9 +85,7 @@ fn a_note_of_another_boot_hits_nobody() {
     agent.kill();
     let mut innocent = Innocent::new(&[]);
     let id = innocent.0.id();
-    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).expect("it lives");
-    let behind = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or("");
-    let started = behind.split_whitespace().nth(19).unwrap_or("");
+    let started = innocent.started();
     let key = "0".repeat(32);
     let line = format!("00000000-0000-0000-0000-000000000000 {id} {started} {key}");
     let path = agent.state().join("tasks.running");
