@@ -372,6 +372,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
 //   net        data lane, (DATA_LANE_FRAMES + 2) × 16 KiB, six times that if JSON must
 //              escape                                                                       576 KiB
+//              ANSWERS_IN_WRITER finals with two texts, six times that if JSON must escape  512 KiB
 //              one inbound message, raw and decoded                                       2,048 KiB
 //              write buffer and read buffers                                                 96 KiB
 //

@@ -41,7 +41,7 @@ pub struct Connection {
     pub control: Sender<Control>,
     /// The other end of it, to take back what is not written yet.
     lane: Receiver<Control>,
-    pub batches: Sender<ToSend>,
+    pub to_send: Sender<ToSend>,
     task: smol::Task<()>,
 }
 
@@ -50,14 +50,14 @@ impl Connection {
     #[inline(never)]
     pub fn dial(context: &Rc<Context>, id: u64) -> Connection {
         let (control, control_lane) = async_channel::bounded(CONTROL_LANE_FRAMES);
-        let (batches, to_send) = async_channel::bounded(BATCHES_IN_WRITER + ANSWERS_IN_WRITER);
+        let (to_send, queue) = async_channel::bounded(BATCHES_IN_WRITER + ANSWERS_IN_WRITER);
         let lane = control_lane.clone();
-        let task = context.start(run(context.clone(), id, control_lane, to_send));
+        let task = context.start(run(context.clone(), id, control_lane, queue));
         Connection {
             id,
             control,
             lane,
-            batches,
+            to_send,
             task,
         }
     }
@@ -79,14 +79,14 @@ impl Connection {
     }
 }
 
-async fn run(context: Rc<Context>, id: u64, control: Receiver<Control>, batches: Receiver<ToSend>) {
+async fn run(context: Rc<Context>, id: u64, control: Receiver<Control>, to_send: Receiver<ToSend>) {
     #[cfg(test)]
     if let Some(outside) = context.simulated.clone() {
         match outside.connect().await {
             Ok(line) => {
                 let write = line.writer();
                 let write = |data, _spent| write.run(control, data);
-                converse(&context, id, line, batches, write).await;
+                converse(&context, id, line, to_send, write).await;
             }
             Err(error) => context.tell(Input::DialFailed(id, error)).await,
         }
@@ -96,7 +96,7 @@ async fn run(context: Rc<Context>, id: u64, control: Receiver<Control>, batches:
     match dialled.await {
         Ok((writer, reader)) => {
             let write = |data, spent| net::write_loop(writer, control, data, spent);
-            converse(&context, id, reader, batches, write).await;
+            converse(&context, id, reader, to_send, write).await;
         }
         Err(error) => context.tell(Input::DialFailed(id, error)).await,
     }
@@ -108,7 +108,7 @@ async fn converse<W: Future<Output = String>>(
     context: &Rc<Context>,
     id: u64,
     reader: impl FrameReader,
-    batches: Receiver<ToSend>,
+    to_send: Receiver<ToSend>,
     write: impl FnOnce(Receiver<Vec<u8>>, Sender<Vec<u8>>) -> W,
 ) {
     context.tell(Input::Connected(id)).await;
@@ -120,7 +120,7 @@ async fn converse<W: Future<Output = String>>(
         write(data_lane, spent),
         future::or(
             read_loop(context, id, reader, &goodbye),
-            send_batches(context, id, batches, data, spare),
+            send_all(context, id, to_send, data, spare),
         ),
     )
     .await;
@@ -166,14 +166,14 @@ async fn read_loop(
 
 /// Encodes batch after batch into the data lane, which holds few frames; `spare` gives their buffers
 /// back.
-async fn send_batches(
+async fn send_all(
     context: &Rc<Context>,
     id: u64,
-    batches: Receiver<ToSend>,
+    to_send: Receiver<ToSend>,
     data: Sender<Vec<u8>>,
     spare: Receiver<Vec<u8>>,
 ) -> String {
-    while let Ok(next) = batches.recv().await {
+    while let Ok(next) = to_send.recv().await {
         let out = match next {
             ToSend::Batch(out) => out,
             ToSend::Answer(frame) => {
@@ -220,7 +220,7 @@ mod tests {
             id: 1,
             control,
             lane: lane.clone(),
-            batches: async_channel::bounded(1).0,
+            to_send: async_channel::bounded(1).0,
             task: executor.spawn(future::pending()),
         };
         (connection, lane)

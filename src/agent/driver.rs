@@ -49,8 +49,12 @@ pub enum Input {
     TaskStarted(AttemptKey),
     TaskEnded(AttemptKey),
     FinalStored,
-    /// A final that answers a repeated delivery over this connection waits.
-    AnswerWaits(u64, Arc<Ids>),
+    /// A final that answers a repeated delivery over this connection has gone out, or waits.
+    Answered {
+        connection: u64,
+        ids: Arc<Ids>,
+        waits: bool,
+    },
     /// Whether it, or a part of it, was gone before.
     NetworkReturned(bool),
     Finals(Vec<WaitingFinal>),
@@ -238,7 +242,11 @@ impl Driver {
                     self.session.transmitted();
                 }
             }
-            Input::AnswerWaits(id, ids) if self.is_current(id) => self.session.answer_waits(ids),
+            Input::Answered {
+                connection,
+                ids,
+                waits,
+            } if self.is_current(connection) => self.session.answered(&ids, waits),
             // Of a connection that has ended.
             Input::DialFailed(..)
             | Input::Connected(_)
@@ -246,7 +254,7 @@ impl Driver {
             | Input::Heard(_)
             | Input::Disconnected(..)
             | Input::Snapshot(..)
-            | Input::AnswerWaits(..) => {}
+            | Input::Answered { .. } => {}
             Input::Batch(batch) => self.take_batch(*batch, now),
             Input::Located(key, stream, from, at) => {
                 self.session.located(key, stream, from, at, now);
@@ -340,7 +348,7 @@ impl Driver {
             granted: self.granted(),
         };
         if let Some(connection) = &self.connection {
-            let sent = connection.batches.try_send(ToSend::Batch(out));
+            let sent = connection.to_send.try_send(ToSend::Batch(out));
             debug_assert!(
                 !matches!(sent, Err(TrySendError::Full(_))),
                 "the session counts the batches in the writer"

@@ -181,23 +181,29 @@ impl Driver {
             return;
         };
         let id = connection.id;
-        let (control, batches) = (connection.control.clone(), connection.batches.clone());
+        let (control, to_send) = (connection.control.clone(), connection.to_send.clone());
         let granted = self.granted();
         context.clone().spawn(async move {
-            let Some(stored) = context.outbox.final_of(ids.key()).await else {
-                return;
+            let stored = context.outbox.final_of(ids.key()).await;
+            let waits = |it: &outbox::StoredFinal| it.output_waits && !it.texts_held;
+            let is_waiting = stored.as_ref().is_some_and(waits);
+            if let Some(stored) = stored.filter(|it| !waits(it)) {
+                let frame = frames::encode_stored_final(&ids, &stored, granted, &context.agent_id);
+                // The server asked; if it does not read, it will ask again.
+                if !stored.texts_held {
+                    // Without its texts it is small.
+                    let _ = control.try_send(Control::Text(frame));
+                } else if to_send.len() < ANSWERS_IN_WRITER {
+                    // The other places are those of batches.
+                    let _ = to_send.try_send(ToSend::Answer(frame));
+                }
+            }
+            let answered = Input::Answered {
+                connection: id,
+                ids,
+                waits: is_waiting,
             };
-            if stored.output_waits && !stored.texts_held {
-                return context.tell(Input::AnswerWaits(id, ids)).await;
-            }
-            let frame = frames::encode_stored_final(&ids, &stored, granted, &context.agent_id);
-            // The server asked; if it does not read, it will ask again.
-            if !stored.output_waits {
-                let _ = control.try_send(Control::Text(frame));
-            } else if batches.len() < ANSWERS_IN_WRITER {
-                // The other places are those of batches.
-                let _ = batches.try_send(ToSend::Answer(frame));
-            }
+            context.tell(answered).await;
         });
     }
 }

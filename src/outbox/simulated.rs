@@ -130,6 +130,12 @@ impl Store {
         attempt.is_some_and(|attempt| attempt.stream(stream).waits(sequence))
     }
 
+    /// The last chunk of this stream that was ever stored.
+    pub fn last(&self, key: AttemptKey, stream: Stream) -> u64 {
+        let attempt = self.storage.engine.attempts.get(&key);
+        attempt.map_or(0, |attempt| attempt.stream(stream).mark.last)
+    }
+
     pub fn counts(&self) -> Counts {
         self.storage.engine.counts()
     }

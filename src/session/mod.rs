@@ -131,8 +131,8 @@ pub enum Effect<C> {
     SendReceived(Arc<Ids>),
     SendStarted(Arc<Ids>),
     /// Answer a repeated delivery of an attempt that ended, under the final's own id. One that is
-    /// in flight goes behind all that was admitted before; for one that is done answer with
-    /// [`Session::answer_waits`] while output of its attempt is not acknowledged.
+    /// in flight goes behind all that was admitted before; one that is done waits while output of
+    /// its attempt is not acknowledged. Answer with [`Session::answered`].
     SendFinalAgain(Arc<Ids>),
     SendLease(Arc<Ids>, String),
     /// Read the outbox; answer with [`Session::batch_read`].

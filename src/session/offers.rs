@@ -72,18 +72,18 @@ impl<C: Copy + Ord + Default> Session<C> {
             Recorded::Finished { .. } if self.reports.busy() == Some(key) => {}
             Recorded::Finished { held } => {
                 // A final that the cursor has not reached yet comes in its order.
-                if !held || self.delivery.has_in_flight(key, Piece::Final) {
+                let is_next = !held || self.delivery.has_in_flight(key, Piece::Final);
+                if is_next && self.answers.owe(&ids) {
                     self.effects.push_back(Effect::SendFinalAgain(ids));
                 }
             }
         }
     }
 
-    /// Answer to [`Effect::SendFinalAgain`]: the final is done, output of the attempt is not.
-    pub fn answer_waits(&mut self, ids: Arc<Ids>) {
-        if self.link.is_active() {
-            self.answers.wait(ids);
-        }
+    /// Answer to [`Effect::SendFinalAgain`]. It `waits` if the final is done and output of the
+    /// attempt is not.
+    pub fn answered(&mut self, ids: &Arc<Ids>, waits: bool) {
+        self.answers.asked(ids, waits);
     }
 
     /// A process runs.

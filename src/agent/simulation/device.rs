@@ -161,6 +161,11 @@ impl Device {
             ledger.life += 1;
             for attempt in &mut ledger.attempts {
                 attempt.reporting = false;
+                for stream in Stream::ALL {
+                    // What was durable although no task was told so counts from now on.
+                    let stored = &mut attempt.stored[stream.index()];
+                    *stored = store.last(attempt.key, stream).max(*stored);
+                }
             }
             // A cut may be durable without an answer, if output may have to make room or its stream
             // was to be given up.

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use super::tell;
 use super::toggles::{Dice, Toggles};
 use crate::ids::{AttemptKey, Ids, Stream};
 use crate::limits::{ChunkBuffer, STREAM_FAILURES_MAX};
@@ -192,6 +193,7 @@ impl Ledger {
                         may_rotate || given_up.contains(&(attempt.key, stream)),
                         "chunk {sequence} of {stream:?} of attempt {number} was dropped"
                     );
+                    tell!("chunk {sequence} of {stream:?} of attempt {number} is dropped");
                     attempt.set(stream, sequence, LOST);
                 }
             }

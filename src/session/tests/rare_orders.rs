@@ -309,19 +309,44 @@ fn a_final_that_answers_a_delivery_waits_for_the_output_of_its_attempt() {
         bench.forget();
         answered.is_some()
     };
-    bench.session.answer_waits(ids("t"));
+    let deliver = |bench: &mut Bench| {
+        let origin = Origin {
+            delivered: true,
+            command_bytes: 4,
+        };
+        let finished = Recorded::Finished { held: false };
+        let task = queued(ids("t"));
+        bench.session.recorded(task, finished, origin, bench.now);
+    };
+    deliver(&mut bench);
+    assert!(asked(&mut bench), "the server wants it");
+    deliver(&mut bench);
+    assert!(!asked(&mut bench), "the store is being asked");
+    bench.session.answered(&ids("t"), true);
     assert!(!asked(&mut bench));
     bench.ack("other", 1, None);
     assert!(!asked(&mut bench));
     bench.ack("t", 1, None);
     assert!(asked(&mut bench), "some of its output was acknowledged");
+    bench.session.answered(&ids("t"), true);
     assert!(!asked(&mut bench), "once for each acknowledgement");
 
-    bench.session.answer_waits(ids("t"));
     bench.session.settled(true);
     assert!(asked(&mut bench), "the rest may have been dropped");
+    bench.ack("t", 2, None);
+    assert!(!asked(&mut bench), "the store is being asked");
+    bench.session.answered(&ids("t"), true);
+    assert!(
+        asked(&mut bench),
+        "its last output was acknowledged meanwhile"
+    );
+    bench.session.answered(&ids("t"), false);
+    bench.session.settled(true);
+    assert!(!asked(&mut bench), "it has gone out");
 
-    bench.session.answer_waits(ids("t"));
+    deliver(&mut bench);
+    assert!(asked(&mut bench), "the server wants it once more");
+    bench.session.answered(&ids("t"), true);
     bench.session.disconnected("cut", bench.now);
     bench.connect(HelloAck::default());
     bench.session.settled(true);
