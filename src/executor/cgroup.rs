@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 
 use super::procfs::{self, Process};
 use super::setup;
@@ -201,25 +201,59 @@ impl Leaf {
         self.0.join("cgroup.procs")
     }
 
-    /// Who is alive in it, and in those that the task may have made below.
+    /// Whether anybody is alive in it, or in those that the task may have made below.
+    pub fn is_populated(&self) -> bool {
+        field(&self.read("cgroup.events"), "populated") == Some(1)
+    }
+
+    /// Who is alive in it, and in those below.
     pub fn living(&self) -> Vec<Process> {
-        let events = self.read("cgroup.events");
-        if field(&events, "populated") != Some(1) {
+        let mut found: Vec<Process> = self.ids().into_iter().filter_map(procfs::find).collect();
+        found.retain(|process| !process.is_dead);
+        found
+    }
+
+    /// How many live in it, and in those below.
+    pub fn population(&self) -> usize {
+        self.ids().len()
+    }
+
+    /// Whether one of these lives in it.
+    pub fn holds(&self, any: &[Pid]) -> bool {
+        self.ids().iter().any(|id| any.contains(id))
+    }
+
+    fn ids(&self) -> Vec<Pid> {
+        if !self.is_populated() {
             return Vec::new();
         }
         let mut found = Vec::new();
         for dir in self.with_descendants() {
             let procs = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             let ids = procs.lines().filter_map(|line| line.parse().ok());
-            found.extend(ids.filter_map(Pid::from_raw).filter_map(procfs::find));
+            found.extend(ids.filter_map(Pid::from_raw));
         }
-        found.retain(|process| !process.is_dead);
         found
     }
 
-    /// KILL to all at once, where the kernel can (5.14).
+    /// Nobody in it goes on; KILL reaches them all the same. False where the kernel cannot (before
+    /// 5.2).
+    pub fn freeze(&self) -> bool {
+        self.write("cgroup.freeze", "1").is_ok()
+    }
+
+    pub fn thaw(&self) {
+        let _ = self.write("cgroup.freeze", "0");
+    }
+
+    /// KILL to all at once; before Linux 5.14 to one after the other.
     pub fn kill(&self) {
-        let _ = fs::write(self.0.join("cgroup.kill"), "1");
+        if self.write("cgroup.kill", "1").is_err() {
+            self.freeze();
+            for member in self.living() {
+                member.signal(Signal::KILL);
+            }
+        }
     }
 
     pub fn used(&self) -> Used {
@@ -230,6 +264,11 @@ impl Leaf {
             memory_peak_bytes: self.read("memory.peak").trim().parse().ok(),
             out_of_memory: field(&self.read("memory.events"), "oom_kill").map(|n| n > 0),
         }
+    }
+
+    #[cfg(test)]
+    pub fn at(dir: PathBuf) -> Leaf {
+        Leaf(dir)
     }
 
     /// A leaf that somebody still lives in stays.
@@ -361,7 +400,7 @@ fn own_dir(mountinfo: &str, cgroup: &str) -> Result<PathBuf, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     const MOUNTS: &str = "24 30 0:22 / /sys rw,nosuid - sysfs sysfs rw\n\
@@ -394,10 +433,10 @@ mod tests {
     }
 
     /// A folder that looks like a cgroup, removed at the end.
-    struct Fake(PathBuf);
+    pub struct Fake(pub PathBuf);
 
     impl Fake {
-        fn new(name: &str, files: &[(&str, &str)]) -> Fake {
+        pub fn new(name: &str, files: &[(&str, &str)]) -> Fake {
             let name = format!("hostlink-cgroup-{name}-{}", std::process::id());
             let dir = std::env::temp_dir().join(name);
             fs::create_dir_all(&dir).expect("a temporary directory");
@@ -407,7 +446,7 @@ mod tests {
             Fake(dir)
         }
 
-        fn read(&self, name: &str) -> String {
+        pub fn read(&self, name: &str) -> String {
             fs::read_to_string(self.0.join(name)).unwrap_or_default()
         }
     }

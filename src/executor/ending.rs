@@ -54,13 +54,8 @@ impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
 
     /// TERM to those that were found and are `meant`.
     pub fn terminate(&self, meant: impl Fn(&Process) -> bool) {
-        for member in self.known.iter().filter(|it| meant(it)) {
-            member.signal(Signal::TERM);
-            // A stopped process takes no signal but KILL before it goes on.
-            if member.is_stopped {
-                member.signal(Signal::CONT);
-            }
-        }
+        let meant = self.known.iter().filter(|it| meant(it));
+        meant.for_each(Process::terminate);
     }
 
     /// Whether nobody is left in this time.

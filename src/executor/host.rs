@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 use log::{debug, warn};
 use rustix::process::{Pid, WaitId, WaitIdOptions, getpid, getppid, set_child_subreaper, waitid};
 
-use super::cgroup::{Bounds, Cgroups, Used};
+use super::cgroup::{Bounds, Cgroups, Leaf, Used};
+use super::emptying;
 use super::ending::Hunt;
 use super::procfs::{self, Process};
 use super::record::{Noted, Record};
@@ -122,10 +123,9 @@ impl Host {
         }
     }
 
-    pub(super) fn kill_cgroup(&self, key: AttemptKey) {
-        if let Some(cgroups) = &self.cgroups {
-            cgroups.leaf(key).kill();
-        }
+    /// The cgroup of a task, which may not be there.
+    pub(super) fn leaf(&self, key: AttemptKey) -> Option<Leaf> {
+        self.cgroups.as_ref().map(|cgroups| cgroups.leaf(key))
     }
 
     /// After the end of a task.
@@ -307,7 +307,14 @@ impl Host {
             }
             family(old, known, &all, &spared)
         };
-        let count = Hunt::new(look).end(LEFTOVER_GRACE).await;
+        let mut leaves = Vec::new();
+        if let Some(cgroups) = &self.cgroups {
+            let meant = cgroups.leaves().into_iter().filter(is_meant);
+            leaves.extend(meant.map(|key| cgroups.leaf(key)));
+            leaves.retain(|leaf| !leaf.holds(&spared));
+        }
+        let count = emptying::end(&leaves, LEFTOVER_GRACE).await;
+        let count = count + Hunt::new(look).end(LEFTOVER_GRACE).await;
         if let Some(record) = &self.record {
             record.clear();
         }

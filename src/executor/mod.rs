@@ -6,7 +6,7 @@
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`]: signals, exit and reaping.
-//! - [`host`], [`cgroup`], [`procfs`], [`ending`]: whose a process is, who lives, and how all of them end.
+//! - [`host`], [`cgroup`], [`procfs`], [`ending`], [`emptying`]: whose a process is, who lives, and how all of them end.
 //! - [`record`]: the leaders, for the next start of the agent.
 //! - [`timeout`]: the bound of its run time.
 //!
@@ -17,6 +17,7 @@
 pub mod account;
 pub mod capture;
 pub mod cgroup;
+mod emptying;
 mod ending;
 pub mod flush;
 pub mod host;

@@ -19,6 +19,8 @@ use rustix::process::{
 };
 use smol::Timer;
 
+use super::cgroup::Leaf;
+use super::emptying;
 use super::ending::Hunt;
 use super::host::Host;
 use super::procfs::Process;
@@ -92,29 +94,40 @@ impl Group {
     /// Waits until the leader has exited and nobody else of the task is alive.
     pub async fn ended(&self) {
         self.exited().await;
+        emptying::emptied(self.leaf().as_slice()).await;
         self.hunt().gone().await;
     }
 
     pub fn terminate(&self) {
+        // While they are found they start no others.
+        let frozen = self.leaf().filter(Leaf::freeze);
         self.signal_group(Signal::TERM);
         // Once for each: a trap that tidies up runs as often as the signal comes.
         let group = self.leader.as_raw_pid();
         let mut hunt = self.hunt();
         hunt.look();
         hunt.terminate(|member| member.group != group);
+        if let Some(leaf) = frozen {
+            leaf.thaw();
+        }
     }
 
     /// Kills everybody, and waits until they are gone and the leader has exited.
     pub async fn kill(&self) {
         self.signal_group(Signal::KILL);
-        self.host.kill_cgroup(self.key);
+        emptying::kill(self.leaf().as_slice()).await;
         self.hunt().kill().await;
         self.exited().await;
     }
 
     /// Ends what is left after the leader's exit.
     pub async fn end_leftovers(&self) {
+        emptying::end(self.leaf().as_slice(), LEFTOVER_GRACE).await;
         self.hunt().end(LEFTOVER_GRACE).await;
+    }
+
+    fn leaf(&self) -> Option<Leaf> {
+        self.host.leaf(self.key)
     }
 
     fn hunt(&self) -> Hunt<impl Fn(&[Process]) -> Vec<Process>> {
@@ -161,7 +174,9 @@ impl Drop for Group {
             return;
         }
         self.signal_group(Signal::KILL);
-        self.host.kill_cgroup(self.key);
+        if let Some(leaf) = self.leaf() {
+            leaf.kill();
+        }
         for member in self.host.living(self.leader, self.key, &[]) {
             member.signal(Signal::KILL);
         }

@@ -44,6 +44,14 @@ impl Process {
         }
     }
 
+    /// TERM. A stopped process takes no signal but KILL before it goes on.
+    pub fn terminate(&self) {
+        self.signal(Signal::TERM);
+        if self.is_stopped {
+            self.signal(Signal::CONT);
+        }
+    }
+
     /// Whether it is still there: dead perhaps, but not another one by the same id.
     pub fn is_same(&self) -> bool {
         find(self.id).is_some_and(|now| now.started == self.started)

@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use hostlink_edge::ids::FinalStatus;
+use hostlink_edge::ids::{FinalStatus, Stream};
 
 use crate::support::processes::Sleeper;
-use crate::support::{Agent, ScriptedServer, Task};
+use crate::support::{Agent, Log, ScriptedServer, Task};
 
 /// An agent with cgroups, and their folder; `None`, said loudly, where it may not make any.
 fn with_cgroups(server: &ScriptedServer, settings: &[(&str, &str)]) -> Option<(Agent, PathBuf)> {
@@ -125,6 +125,56 @@ fn a_task_that_ignores_term_is_killed_with_its_cgroup() {
     server.check_eq(end.status, FinalStatus::Failed, "end");
     server.check(took < Duration::from_secs(4), &format!("took {took:?}"));
     server.check_eq(sleeper.running().len(), 0, "processes");
+    server.check_eq(leaves(&dir), 0, "leaves");
+    agent.terminate();
+}
+
+/// They stand still only while they are found.
+#[test]
+fn whoever_lives_in_the_cgroup_may_tidy_up() {
+    let server = ScriptedServer::start();
+    server.acknowledge_hellos_with(serde_json::json!({"extensions": ["cancel"]}));
+    let settings = [("HOSTLINK_TASK_KILL_GRACE", "60s")];
+    let Some((mut agent, dir)) = with_cgroups(&server, &settings) else {
+        return;
+    };
+    let daemon = |says: &str| {
+        let tidies = format!("trap \"{says}; exit\" TERM; echo up; while :; do sleep 0.05; done");
+        format!("setsid sh -c '{tidies}'")
+    };
+    let command = format!(
+        "{} & trap 'wait; echo and the shell; exit' TERM; while :; do sleep 0.05; done",
+        daemon("echo the daemon")
+    );
+    let cancelled = Task::new("cancelled", command);
+    server.deliver(&cancelled);
+    let text = |log: &Log, task: &Task| log.text(&task.ids, Stream::Stdout);
+    server.wait_until("the daemon runs", |log| {
+        text(log, &cancelled).contains("up")
+    });
+    server
+        .link()
+        .send("task.cancel", Some(&cancelled.ids), serde_json::json!({}));
+    let end = server.wait_end(&cancelled);
+    server.check_eq(end.status, FinalStatus::Interrupted, "end");
+    server.check_eq(
+        end.output.as_str(),
+        "up\nthe daemon\nand the shell\n",
+        "output",
+    );
+
+    // Left behind by a shell that has ended by itself.
+    let left = agent.path("left").display().to_string();
+    let command = format!(
+        "{} & while [ ! -e {left} ]; do sleep 0.05; done; exit 5",
+        daemon(&format!("echo tidy >{left}")).replace("echo up", &format!("echo up >{left}"))
+    );
+    let leaves_one = Task::new("leaves-one", command);
+    server.deliver(&leaves_one);
+    let end = server.wait_end(&leaves_one);
+    server.check_eq(end.exit_code, 5, "exit code");
+    let said = std::fs::read_to_string(&left).unwrap_or_default();
+    server.check_eq(said.as_str(), "tidy\n", "what the daemon has written last");
     server.check_eq(leaves(&dir), 0, "leaves");
     agent.terminate();
 }
