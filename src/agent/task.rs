@@ -258,9 +258,7 @@ pub async fn store_final(context: &Rc<Context>, ids: &Ids, mut fin: Final) {
     let mut delay = STORE_RETRY_DELAY;
     loop {
         let stored = if reported {
-            // Told together, so that the final is done before anybody can read it for sending.
-            let done = context.outbox.reported(key);
-            future::zip(context.outbox.finish(key, fin), done).await.0
+            context.outbox.finish_reported(key, fin).await
         } else {
             context.outbox.finish(key, fin).await
         };

@@ -33,7 +33,13 @@ pub(super) enum Fact {
         ChunkBatch,
         Reply<Result<ChunkBatch, AppendError>>,
     ),
-    Final(Ending, Final, Option<Reply<Result<(), FinishError>>>),
+    Final {
+        ending: Ending,
+        fin: Final,
+        /// Distance of the record that it is reported already, if it is.
+        done_at: Option<u64>,
+        reply: Option<Reply<Result<(), FinishError>>>,
+    },
     /// A chunk, and the watermark that its stream has then.
     Rejected(Stream, u64, u64, Reply<Result<(), StoreError>>),
     Plain(Record<'static>, Reply<Result<(), StoreError>>),
@@ -258,13 +264,22 @@ impl Engine {
                 self.apply_output(key, stream, first_sequence, &batch, generation, offset);
                 answer(reply, Ok(batch));
             }
-            Fact::Final(ending, fin, reply) => {
+            Fact::Final {
+                ending,
+                fin,
+                done_at,
+                reply,
+            } => {
                 let record = Record::Final {
                     ending,
                     output: tail(&fin.output),
                     error: tail(&fin.error),
                 };
                 self.apply_record(key, &record, at);
+                if let Some(done_at) = done_at {
+                    let at = Cursor::record(generation, offset + done_at);
+                    self.apply_record(key, &Record::Done { dropped: false }, at);
+                }
                 self.news = true;
                 answer_if(reply, Ok(()));
             }
@@ -398,7 +413,7 @@ impl Fact {
             Fact::Received(_, _, reply) => answer(reply, Err(why)),
             Fact::Starting(_, reply) => answer(reply, Err(why)),
             Fact::Output(_, _, batch, reply) => answer(reply, Err((batch, why))),
-            Fact::Final(_, fin, reply) => answer_if(reply, Err((fin, why))),
+            Fact::Final { fin, reply, .. } => answer_if(reply, Err((fin, why))),
             Fact::Rejected(.., reply) | Fact::Plain(_, reply) => answer(reply, Err(why)),
         }
     }

@@ -114,6 +114,7 @@ impl Engine {
         &mut self,
         key: AttemptKey,
         fin: Final,
+        is_reported: bool,
         reply: Option<Reply<Result<(), FinishError>>>,
     ) {
         self.make_way(key, None);
@@ -149,10 +150,17 @@ impl Engine {
             error: tail(&fin.error),
         };
         let at = self.encode(key, &record, fin.output.len() + fin.error.len());
+        let done = Record::Done { dropped: false };
+        let done_at = is_reported.then(|| self.unit.push(key, &done));
         self.staged.push(Staged {
             key,
             at,
-            fact: Fact::Final(ending, fin, reply),
+            fact: Fact::Final {
+                ending,
+                fin,
+                done_at,
+                reply,
+            },
         });
     }
 

@@ -34,7 +34,8 @@ pub(super) enum Command {
         batch: ChunkBatch,
         reply: Reply<Result<ChunkBatch, AppendError>>,
     },
-    Finish(AttemptKey, Final, Reply<Result<(), FinishError>>),
+    /// True: its report has succeeded.
+    Finish(AttemptKey, Final, bool, Reply<Result<(), FinishError>>),
     Reported(AttemptKey, Reply<Result<(), StoreError>>),
     DropFinal(AttemptKey, Reply<Result<(), StoreError>>),
     Discard(AttemptKey, Reply<Result<(), StoreError>>),
@@ -160,10 +161,26 @@ impl Handle {
     /// Stores the end of an attempt durably; also of one that never started. The first wins, a
     /// second changes nothing.
     pub async fn finish(&self, key: AttemptKey, fin: Final) -> Result<(), FinishError> {
+        self.finish_as(key, fin, false).await
+    }
+
+    /// Stores the end of an attempt whose report has succeeded, and with it that it has: no restart
+    /// and no reader finds the one without the other.
+    pub async fn finish_reported(&self, key: AttemptKey, fin: Final) -> Result<(), FinishError> {
+        self.finish_as(key, fin, true).await
+    }
+
+    async fn finish_as(
+        &self,
+        key: AttemptKey,
+        fin: Final,
+        is_reported: bool,
+    ) -> Result<(), FinishError> {
         let (reply, answer) = async_channel::bounded(1);
-        if let Err(refused) = self.commands.send(Command::Finish(key, fin, reply)).await {
+        let command = Command::Finish(key, fin, is_reported, reply);
+        if let Err(refused) = self.commands.send(command).await {
             return match refused.0 {
-                Command::Finish(_, fin, _) => Err((fin, StoreError::Closed)),
+                Command::Finish(_, fin, ..) => Err((fin, StoreError::Closed)),
                 _ => Err((Final::nothing(), StoreError::Closed)),
             };
         }

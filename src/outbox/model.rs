@@ -267,8 +267,24 @@ impl Tester {
         }
         known.finished.1 = true;
         let key = ids(number).key();
-        let answer = self.ask(|engine, reply| engine.finish(key, final_of(number), Some(reply)));
+        let answer =
+            self.ask(|engine, reply| engine.finish(key, final_of(number), false, Some(reply)));
         self.known.entry(number).or_default().finished.0 |= answer.is_ok();
+    }
+
+    /// A final that was reported before it could be stored.
+    pub fn finish_reported(&mut self, number: u64) {
+        let known = self.known.entry(number).or_default();
+        if !known.received.0 || known.interrupted || known.finished.1 {
+            return;
+        }
+        (known.finished.1, known.reported.1) = (true, true);
+        let key = ids(number).key();
+        let fin = final_of(number);
+        let answer = self.ask(|engine, reply| engine.finish(key, fin, true, Some(reply)));
+        let known = self.known.entry(number).or_default();
+        known.finished.0 |= answer.is_ok();
+        known.reported.0 |= answer.is_ok();
     }
 
     pub fn report(&mut self, number: u64) {
@@ -410,7 +426,9 @@ impl Tester {
             }
             3..=5 => self.start(number),
             6..=12 => self.append(number, stream, 1 + random.below(5)),
-            13 | 14 => self.finish(number),
+            13 => self.finish(number),
+            14 if random.below(2) == 0 => self.finish_reported(number),
+            14 => self.finish(number),
             15 => {
                 if let Some(known) = self.known.get(&number) {
                     let (last, _) = known.last[stream.index()];

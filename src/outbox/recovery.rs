@@ -263,7 +263,7 @@ fn interrupt(engine: &mut Engine, key: AttemptKey) {
         error_truncated,
         usage: None,
     };
-    engine.finish(key, fin, None);
+    engine.finish(key, fin, false, None);
 }
 
 // ---- scanning ---------------------------------------------------------------------------------

@@ -467,3 +467,37 @@ fn a_guarded_segment_on_a_bad_block_is_removed() {
     assert!(log.retire(first).is_ok());
     assert!(log.position(first).is_none());
 }
+
+/// Seed 200152317 of the simulator: the final was stored, the disk failed before it was noted that
+/// it was reported already, and it was sent once more.
+#[test]
+fn a_final_that_was_reported_first_is_stored_as_such_or_not_at_all() {
+    let (mut stored, mut refused) = (0, 0);
+    for keep in KEEPS {
+        for call in 0..6 {
+            let mut tester = Tester::new(1 << 20);
+            let number = tester.receive();
+            tester.start(number);
+            tester.disk.set_fault(call, Fault::Io(100));
+            tester.finish_reported(number);
+            tester.disk.clear_fault();
+            let found = phase(&mut tester, number);
+            if tester.known[&number].finished.0 {
+                assert_eq!(found, Some(Phase::Finished { held: false }), "call {call}");
+                stored += 1;
+            } else {
+                assert_eq!(found, Some(Phase::Started), "call {call}");
+                refused += 1;
+            }
+            power_cut(&mut tester, keep);
+            let found = phase(&mut tester, number);
+            let is_interrupted = tester.known[&number].interrupted;
+            let held = is_interrupted && !tester.known[&number].finished.0;
+            assert_eq!(found, Some(Phase::Finished { held }), "call {call}");
+        }
+    }
+    assert!(
+        stored > 0 && refused > 0,
+        "{stored} stored, {refused} refused"
+    );
+}

@@ -101,7 +101,9 @@ impl Storage {
                 batch,
                 reply,
             } => engine.append(key, stream, first_sequence, batch, reply),
-            Command::Finish(key, fin, reply) => engine.finish(key, fin, Some(reply)),
+            Command::Finish(key, fin, is_reported, reply) => {
+                engine.finish(key, fin, is_reported, Some(reply));
+            }
             Command::Reported(key, reply) => engine.final_done(key, false, reply),
             Command::DropFinal(key, reply) => engine.final_done(key, true, reply),
             Command::Discard(key, reply) => engine.discard(key, reply),
