@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use super::server::INCARNATION;
+use super::tell;
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::{ACK_TIMEOUT, WINDOW_BYTES, WINDOW_MESSAGES};
 use crate::session::delivery::Candidate;
@@ -75,8 +76,14 @@ impl Flight {
         });
         let messages = self.unanswered.len();
         let bytes: usize = self.unanswered.iter().map(|it| it.bytes).sum();
+        let is_kept = messages <= WINDOW_MESSAGES && (bytes <= WINDOW_BYTES || messages == 1);
+        if !is_kept {
+            for it in &self.unanswered {
+                tell!("{now:?}: unanswered {it:?}");
+            }
+        }
         assert!(
-            messages <= WINDOW_MESSAGES && (bytes <= WINDOW_BYTES || messages == 1),
+            is_kept,
             "{messages} messages of {bytes} bytes are sent and unanswered"
         );
     }
