@@ -20,7 +20,10 @@ struct Unanswered {
     key: AttemptKey,
     piece: Piece,
     bytes: usize,
+    /// Or the server was last busy for it.
     sent_at: Duration,
+    /// A later one of its stream was acknowledged, or the server was busy: it is sent again alone.
+    overtaken: bool,
     /// When the server last said something of its stream, or something was sent of it while nothing
     /// of it was in flight.
     stream_heard_at: Duration,
@@ -72,6 +75,7 @@ impl Flight {
             piece,
             bytes: message.bytes,
             sent_at: now,
+            overtaken: false,
             stream_heard_at,
         });
         let messages = self.unanswered.len();
@@ -88,8 +92,8 @@ impl Flight {
         );
     }
 
-    /// What has no answer for so long is sent again: alone, or with all of its stream if the server
-    /// says nothing of it.
+    /// What has no answer for so long is sent again: alone if the server has passed it over, or with
+    /// all of its stream if it says nothing of that.
     fn expire(&mut self, now: Duration) {
         let silent = |it: &&Unanswered| it.stream_heard_at + ACK_TIMEOUT <= now;
         let repeated: Vec<_> = self
@@ -98,8 +102,10 @@ impl Flight {
             .filter(silent)
             .map(Unanswered::lane)
             .collect();
-        self.unanswered
-            .retain(|it| it.sent_at + ACK_TIMEOUT > now && !repeated.contains(&it.lane()));
+        self.unanswered.retain(|it| {
+            let goes_alone = it.overtaken && it.sent_at + ACK_TIMEOUT <= now;
+            !goes_alone && !repeated.contains(&it.lane())
+        });
     }
 
     /// Whether this was in flight when its acknowledgement came. Asked once.
@@ -142,6 +148,13 @@ impl Flight {
                     let is_output = matches!(it.piece, Piece::Output(..));
                     !(mine && (it.piece == piece || is_output && !it.is_after(through)))
                 });
+                if let Piece::Output(_, sequence) = piece {
+                    let highest = sequence.max(through);
+                    for it in &mut self.unanswered {
+                        let mine = it.lane() == lane(key, piece);
+                        it.overtaken |= mine && !it.is_after(highest);
+                    }
+                }
                 self.heard_of(key, piece, now);
             }
             ServerMessage::Error(error) => {
@@ -153,7 +166,13 @@ impl Flight {
                         .unanswered
                         .retain(|it| (it.key, it.piece) != (key, piece)),
                     Some(_) if error.code == OUTPUT_SEQUENCE_GAP => {}
-                    _ => self.heard_of(key, piece, now),
+                    _ => {
+                        let named = |it: &&mut Unanswered| (it.key, it.piece) == (key, piece);
+                        if let Some(it) = self.unanswered.iter_mut().find(named) {
+                            (it.sent_at, it.overtaken) = (now, true);
+                        }
+                        self.heard_of(key, piece, now);
+                    }
                 }
             }
             _ => {}
@@ -238,6 +257,23 @@ mod tests {
         flight.withdrawn(key(), Stream::Stdout, 61);
         assert_eq!(flight.unanswered.len(), 49);
         send(&mut flight, 61..=61, NOW + ACK_TIMEOUT);
+        assert_eq!(flight.unanswered.len(), 1);
+        send(&mut flight, 62..=64, NOW + ACK_TIMEOUT);
+        let ack = Ack {
+            acked_message_id: id(63),
+            acked_type: "task.output".into(),
+            task_id: None,
+            execution_attempt_id: None,
+            highest_output_sequence: None,
+        };
+        let later = NOW + ACK_TIMEOUT + ACK_TIMEOUT / 2;
+        flight.hears(&ServerMessage::Ack(ack), later);
+        send(&mut flight, 65..=65, NOW + 2 * ACK_TIMEOUT);
+        let left = flight.unanswered.iter().map(|it| it.piece);
+        let output = |sequence| Piece::Output(Stream::Stdout, sequence);
+        // 61 and 62 were overtaken; what came behind them waits for its stream.
+        assert_eq!(left.collect::<Vec<_>>(), [output(64), output(65)]);
+        send(&mut flight, 66..=66, later + ACK_TIMEOUT);
         assert_eq!(flight.unanswered.len(), 1);
         flight.withdrawn(key(), Stream::Stderr, 1);
         assert_eq!(flight.unanswered.len(), 1);
