@@ -170,8 +170,8 @@ impl Flight {
                         let named = |it: &&mut Unanswered| (it.key, it.piece) == (key, piece);
                         if let Some(it) = self.unanswered.iter_mut().find(named) {
                             (it.sent_at, it.overtaken) = (now, true);
+                            self.heard_of(key, piece, now);
                         }
-                        self.heard_of(key, piece, now);
                     }
                 }
             }
@@ -273,6 +273,9 @@ mod tests {
         let output = |sequence| Piece::Output(Stream::Stdout, sequence);
         // 61 and 62 were overtaken; what came behind them waits for its stream.
         assert_eq!(left.collect::<Vec<_>>(), [output(64), output(65)]);
+        // About one that is answered already: nothing is heard of its stream by that.
+        let busy = error("busy", 63, None);
+        flight.hears(&busy, NOW + 2 * ACK_TIMEOUT);
         send(&mut flight, 66..=66, later + ACK_TIMEOUT);
         assert_eq!(flight.unanswered.len(), 1);
         flight.withdrawn(key(), Stream::Stderr, 1);
