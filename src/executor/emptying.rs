@@ -4,11 +4,9 @@
 
 use std::time::{Duration, Instant};
 
-use futures_lite::future;
-use smol::Timer;
-
 use super::cgroup::Leaf;
-use crate::limits::{GROUP_POLL_INTERVAL_MAX, GROUP_POLL_INTERVAL_MIN, KILL_PATIENCE};
+use super::ending::{until, within};
+use crate::limits::KILL_PATIENCE;
 
 /// TERM to all, up to `grace`, KILL. Returns how many there were, when nobody is left, or nobody who
 /// can be killed; 0 if they cannot be frozen.
@@ -23,60 +21,45 @@ pub async fn end(leaves: &[Leaf], grace: Duration) -> usize {
         count += living.len();
         leaf.thaw();
     }
-    if count > 0 && !emptied_within(leaves, grace).await {
+    if count > 0 && !within(grace, emptied(leaves)).await {
         kill(leaves).await;
     }
     count
 }
 
-async fn emptied_within(leaves: &[Leaf], time: Duration) -> bool {
-    let emptied = async {
-        emptied(leaves).await;
-        true
-    };
-    let over = async {
-        Timer::after(time).await;
-        false
-    };
-    future::or(emptied, over).await
-}
-
 /// Waits until nobody lives there.
 pub async fn emptied(leaves: &[Leaf]) {
-    let mut pause = GROUP_POLL_INTERVAL_MIN;
-    while leaves.iter().any(Leaf::is_populated) {
-        Timer::after(pause).await;
-        pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
-    }
+    until(|| !leaves.iter().any(Leaf::is_populated)).await;
 }
 
 /// KILL, until nobody is left. Thousands need their time to die: it is waited as long as they become
 /// fewer, and [`KILL_PATIENCE`] for who is left then.
 pub async fn kill(leaves: &[Leaf]) {
-    let mut pause = GROUP_POLL_INTERVAL_MIN;
     let (mut fewest, mut fewer_at) = (usize::MAX, Instant::now());
-    loop {
+    until(|| {
         let left: usize = leaves.iter().map(Leaf::population).sum();
         if left == 0 {
-            return;
+            return true;
         }
         leaves.iter().for_each(Leaf::kill);
         if left < fewest {
             (fewest, fewer_at) = (left, Instant::now());
-        } else if fewer_at.elapsed() > KILL_PATIENCE {
-            return;
         }
-        Timer::after(pause).await;
-        pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
-    }
+        fewer_at.elapsed() > KILL_PATIENCE
+    })
+    .await;
 }
 
 #[cfg(test)]
 mod tests {
     use std::process::{Child, Command, Stdio};
 
+    use futures_lite::future;
+    use smol::Timer;
+
     use super::super::cgroup::tests::Fake;
     use super::*;
+    use crate::limits::GROUP_POLL_INTERVAL_MIN;
 
     const GRACE: Duration = Duration::from_secs(20);
 

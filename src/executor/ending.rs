@@ -60,20 +60,12 @@ impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
 
     /// Whether nobody is left in this time.
     async fn gone_within(&mut self, time: Duration) -> bool {
-        let gone = async {
-            self.gone().await;
-            true
-        };
-        future::or(gone, after(time)).await
+        within(time, self.gone()).await
     }
 
     /// Waits until nobody is left.
     pub async fn gone(&mut self) {
-        let mut pause = GROUP_POLL_INTERVAL_MIN;
-        while !self.look().is_empty() {
-            Timer::after(pause).await;
-            pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
-        }
+        until(|| self.look().is_empty()).await;
     }
 
     /// Stops everybody, until a look finds nobody else.
@@ -96,11 +88,7 @@ impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
     /// KILL, until nobody is left. One that sleeps where no signal reaches it is given up after
     /// [`KILL_PATIENCE`]: it ends when the kernel lets it.
     pub async fn kill(&mut self) {
-        let ended = async {
-            self.kill_all().await;
-            true
-        };
-        if future::or(ended, after(KILL_PATIENCE)).await {
+        if within(KILL_PATIENCE, self.kill_all()).await {
             return;
         }
         if let [one, others @ ..] = self.look() {
@@ -125,7 +113,24 @@ impl<L: Fn(&[Process]) -> Vec<Process>> Hunt<L> {
     }
 }
 
-async fn after(time: Duration) -> bool {
-    Timer::after(time).await;
-    false
+/// Whether it comes to its end in this time.
+pub async fn within(time: Duration, awaited: impl Future<Output = ()>) -> bool {
+    let ended = async {
+        awaited.await;
+        true
+    };
+    let over = async {
+        Timer::after(time).await;
+        false
+    };
+    future::or(ended, over).await
+}
+
+/// Asks soon at first, then less often, until it is so.
+pub async fn until(mut is_so: impl FnMut() -> bool) {
+    let mut pause = GROUP_POLL_INTERVAL_MIN;
+    while !is_so() {
+        Timer::after(pause).await;
+        pause = (pause * 2).min(GROUP_POLL_INTERVAL_MAX);
+    }
 }

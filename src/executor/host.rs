@@ -130,7 +130,7 @@ impl Host {
 
     /// After the end of a task.
     pub(super) fn leave_cgroup(&self, key: AttemptKey) -> Option<Used> {
-        let leaf = self.cgroups.as_ref()?.leaf(key);
+        let leaf = self.leaf(key)?;
         let used = leaf.used();
         leaf.remove();
         Some(used)
@@ -208,10 +208,7 @@ impl Host {
 
     /// Who is alive of a task, and of those who were before.
     pub(super) fn living(&self, leader: Pid, key: AttemptKey, known: &[Process]) -> Vec<Process> {
-        let mut tops = match &self.cgroups {
-            Some(cgroups) => cgroups.leaf(key).living(),
-            None => Vec::new(),
-        };
+        let mut tops = self.leaf(key).map_or_else(Vec::new, |leaf| leaf.living());
         if self.adopts.get() {
             let mut children = procfs::children();
             children.retain(|child| !child.is_dead && self.is_of(child, leader, key));

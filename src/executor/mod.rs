@@ -293,15 +293,7 @@ async fn end(spec: &Spec, group: &mut Group, stop: &Receiver<Stop>) -> Option<Ca
     let forced = async { Some(future::or(stopped, timeout).await) };
     let cause = future::or(exited, forced).await?;
     group.terminate();
-    let grace = async {
-        Timer::after(spec.kill_grace).await;
-        false
-    };
-    let obeyed = async {
-        group.ended().await;
-        true
-    };
-    if !future::or(obeyed, grace).await {
+    if !ending::within(spec.kill_grace, group.ended()).await {
         group.kill().await;
     }
     Some(cause)

@@ -183,10 +183,7 @@ impl Ledger {
         for (number, attempt) in self.attempts.iter_mut().enumerate() {
             for stream in Stream::ALL {
                 for sequence in 1..=attempt.stored[stream.index()] {
-                    if attempt.flags(stream, sequence) & (RELEASED | REFUSED | LOST) != 0
-                        || attempt.discarded
-                        || held(attempt.key, stream, sequence)
-                    {
+                    if attempt.is_over(stream, sequence) || held(attempt.key, stream, sequence) {
                         continue;
                     }
                     assert!(
@@ -243,7 +240,7 @@ impl Attempt {
 
     /// The agent need not send it any more.
     pub fn is_over(&self, stream: Stream, sequence: u64) -> bool {
-        self.flags(stream, sequence) & (RELEASED | REFUSED | LOST) != 0
+        self.discarded || self.flags(stream, sequence) & (RELEASED | REFUSED | LOST) != 0
     }
 }
 

@@ -206,7 +206,7 @@ impl Server {
             let attempt = &ledger.attempts[number];
             for skipped in highest + 1..sequence {
                 assert!(
-                    attempt.is_over(stream, skipped) || attempt.discarded,
+                    attempt.is_over(stream, skipped),
                     "chunk {skipped} of {stream:?} of attempt {number} is flagged as lost"
                 );
             }
