@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::envelope::{
     DecodeError, Empty, Envelope, Header, push_json, write_frame, write_frame_around,
 };
-use super::text::{Lossy, push_base64, push_lossy, push_string};
+use super::text::{Lossy, push_base64, push_lossy, push_string, push_text};
 use super::timestamp::Timestamp;
 use crate::ids::{FinalStatus, Ids, Stream, Usage};
 
@@ -126,12 +126,14 @@ impl OutputPayload<'_> {
     fn write(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(b"{\"stream\":");
         push_string(out, self.stream.as_str());
-        if self.binary_granted && std::str::from_utf8(self.bytes).is_err() {
+        let begin = out.len();
+        out.extend_from_slice(b",\"data\":");
+        if !self.binary_granted {
+            push_lossy(out, self.bytes);
+        } else if !push_text(out, self.bytes) {
+            out.truncate(begin);
             out.extend_from_slice(b",\"encoding\":\"base64\",\"data\":");
             push_base64(out, self.bytes);
-        } else {
-            out.extend_from_slice(b",\"data\":");
-            push_lossy(out, self.bytes);
         }
         out.extend_from_slice(b",\"byte_count\":");
         push_json(out, &self.bytes.len());

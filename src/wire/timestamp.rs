@@ -25,10 +25,22 @@ impl fmt::Display for Timestamp {
         let (year, month, day) = civil_from_days(seconds / 86_400);
         let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
         let fraction = millis % 1000;
-        write!(
-            f,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{fraction:03}Z"
-        )
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        // Each chunk of output has one: written by hand it costs a fifth.
+        let mut put = |end: usize, digits: usize, mut value: u64| {
+            for place in text[end - digits..end].iter_mut().rev() {
+                *place = b'0' + (value % 10) as u8;
+                value /= 10;
+            }
+        };
+        put(4, 4, year);
+        put(7, 2, month);
+        put(10, 2, day);
+        put(13, 2, hour);
+        put(16, 2, minute);
+        put(19, 2, second);
+        put(23, 3, fraction);
+        f.write_str(std::str::from_utf8(&text).map_err(|_| fmt::Error)?)
     }
 }
 
