@@ -42,7 +42,8 @@ pub async fn write_loop(
     };
     let mut sink = Sink {
         writer,
-        buffer: Vec::with_capacity(WRITE_BUFFER_BYTES),
+        buffer: vec![0; WRITE_BUFFER_BYTES].into_boxed_slice(),
+        filled: 0,
         masks: Masks::new(),
     };
     match run(&lanes, &mut sink, &spent).await {
@@ -57,13 +58,7 @@ async fn run(
     spent: &Sender<Vec<u8>>,
 ) -> Result<&'static str, String> {
     loop {
-        let next = match lanes.ready() {
-            Some(next) => next,
-            None => {
-                sink.write_out().await?;
-                lanes.wait().await
-            }
-        };
+        let next = lanes.next(sink).await?;
         let (opcode, payload) = match next {
             Next::Reply(Reply::Pong(payload)) => (Opcode::Pong, Vec::from(payload)),
             Next::Control(Control::Text(payload)) => (Opcode::Text, payload),
@@ -114,6 +109,22 @@ enum Next {
 }
 
 impl Lanes {
+    /// What is to be written next. Before this waits, the buffer is written.
+    async fn next(&self, sink: &mut Sink) -> Result<Next, String> {
+        if let Some(next) = self.ready() {
+            return Ok(next);
+        }
+        if sink.filled > 0 {
+            // Whoever encodes may have more by then: a write costs as much as several frames.
+            future::yield_now().await;
+            if let Some(next) = self.ready() {
+                return Ok(next);
+            }
+            sink.write_out().await?;
+        }
+        Ok(self.wait().await)
+    }
+
     /// What can be written at once, most urgent first.
     fn ready(&self) -> Option<Next> {
         if let Ok(reply) = self.replies.try_recv() {
@@ -167,7 +178,9 @@ enum Opcode {
 
 struct Sink {
     writer: WsWriter,
-    buffer: Vec<u8>,
+    /// The first `filled` bytes count.
+    buffer: Box<[u8]>,
+    filled: usize,
     masks: Masks,
 }
 
@@ -177,20 +190,23 @@ const HEADER_BYTES_MAX: usize = 14;
 impl Sink {
     /// Adds one masked frame to the buffer, which is written whenever it is full.
     async fn frame(&mut self, opcode: Opcode, payload: &[u8]) -> Result<(), String> {
-        if self.buffer.len() + HEADER_BYTES_MAX > WRITE_BUFFER_BYTES {
+        if self.filled + HEADER_BYTES_MAX > self.buffer.len() {
             self.write_out().await?;
         }
         let mask = self.masks.next()?;
-        put_header(&mut self.buffer, opcode, payload.len(), mask);
+        let header = header(opcode, payload.len(), mask);
+        self.buffer[self.filled..self.filled + header.len()].copy_from_slice(&header);
+        self.filled += header.len();
         let mut written = 0;
         while written < payload.len() {
-            if self.buffer.len() == WRITE_BUFFER_BYTES {
+            if self.filled == self.buffer.len() {
                 self.write_out().await?;
             }
-            let room = WRITE_BUFFER_BYTES - self.buffer.len();
-            let end = payload.len().min(written + room);
-            put_masked(&mut self.buffer, &payload[written..end], mask, written);
-            written = end;
+            let room = &mut self.buffer[self.filled..];
+            let piece = &payload[written..payload.len().min(written + room.len())];
+            mask_into(&mut room[..piece.len()], piece, mask, written);
+            self.filled += piece.len();
+            written += piece.len();
         }
         Ok(())
     }
@@ -199,7 +215,7 @@ impl Sink {
     async fn write_out(&mut self) -> Result<(), String> {
         let timeout = self.writer.timeout;
         let half = &mut self.writer.half;
-        let mut rest = self.buffer.as_slice();
+        let mut rest = &self.buffer[..self.filled];
         if rest.is_empty() {
             return Ok(());
         }
@@ -210,7 +226,7 @@ impl Sink {
             }
             rest = &rest[count..];
         }
-        self.buffer.clear();
+        self.filled = 0;
         within(timeout, half.flush()).await
     }
 }
@@ -230,42 +246,46 @@ async fn within<T>(
     .await
 }
 
-/// A final, masked frame of RFC 6455 section 5.2.
-fn put_header(buffer: &mut Vec<u8>, opcode: Opcode, length: usize, mask: [u8; 4]) {
+/// The head of a final, masked frame of RFC 6455 section 5.2.
+fn header(opcode: Opcode, length: usize, mask: [u8; 4]) -> heapless::Vec<u8, HEADER_BYTES_MAX> {
     const FIN: u8 = 0x80;
     const MASKED: u8 = 0x80;
-    buffer.push(FIN | opcode as u8);
+    let mut header = heapless::Vec::new();
+    let mut put = |bytes: &[u8]| {
+        let put = header.extend_from_slice(bytes);
+        debug_assert!(put.is_ok(), "the longest form fits");
+    };
+    put(&[FIN | opcode as u8]);
     match (u8::try_from(length), u16::try_from(length)) {
-        (Ok(length @ ..126), _) => buffer.push(MASKED | length),
+        (Ok(length @ ..126), _) => put(&[MASKED | length]),
         (_, Ok(length)) => {
-            buffer.push(MASKED | 126);
-            buffer.extend_from_slice(&length.to_be_bytes());
+            put(&[MASKED | 126]);
+            put(&length.to_be_bytes());
         }
         _ => {
-            buffer.push(MASKED | 127);
-            buffer.extend_from_slice(&(length as u64).to_be_bytes());
+            put(&[MASKED | 127]);
+            put(&(length as u64).to_be_bytes());
         }
     }
-    buffer.extend_from_slice(&mask);
+    put(&mask);
+    header
 }
 
-/// Appends `piece`, which begins `offset` bytes into its payload, masked.
-fn put_masked(buffer: &mut Vec<u8>, piece: &[u8], mask: [u8; 4], offset: usize) {
-    let start = buffer.len();
-    buffer.extend_from_slice(piece);
-    let mut key = [0; 8];
+/// Writes `piece`, which begins `offset` bytes into its payload, masked to `out` of the same length.
+fn mask_into(out: &mut [u8], piece: &[u8], mask: [u8; 4], offset: usize) {
+    const WORD_BYTES: usize = 16;
+    let mut key = [0; WORD_BYTES];
     for (at, byte) in key.iter_mut().enumerate() {
         *byte = mask[(offset + at) % 4];
     }
-    let word_key = u64::from_ne_bytes(key);
-    let mut words = buffer[start..].chunks_exact_mut(8);
-    for word in &mut words {
-        let mut value = [0; 8];
-        value.copy_from_slice(word);
-        word.copy_from_slice(&(u64::from_ne_bytes(value) ^ word_key).to_ne_bytes());
+    let word_key = u128::from_ne_bytes(key);
+    let (words, rest) = piece.as_chunks::<WORD_BYTES>();
+    let (out_words, out_rest) = out.as_chunks_mut::<WORD_BYTES>();
+    for (out, word) in out_words.iter_mut().zip(words) {
+        *out = (u128::from_ne_bytes(*word) ^ word_key).to_ne_bytes();
     }
-    for (byte, key) in words.into_remainder().iter_mut().zip(key) {
-        *byte ^= key;
+    for ((out, byte), key) in out_rest.iter_mut().zip(rest).zip(key) {
+        *out = byte ^ key;
     }
 }
 
