@@ -5,7 +5,7 @@
 //! none is free the pipe is not read, and the child waits.
 
 use std::cell::Cell;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -16,13 +16,13 @@ use futures_lite::future;
 use log::warn;
 use smol::Timer;
 
+use super::filling::{Filling, PipeReader, Taken};
 use super::flush::FlushPolicy;
 use super::tail::{Tail, TailRing};
-use super::utf8::complete_prefix;
 use super::{Flush, OutputStore};
 use crate::ids::Stream;
 use crate::limits::{
-    CHUNK_BUFFERS_MAX, CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch, ChunkBuffer,
+    CHUNK_BUFFERS_MAX, CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch,
     FLUSH_INTERVAL_OFFLINE, LEFTOVER_PIPE_BYTES, STORE_GIVE_UP, STORE_RETRY_DELAY,
 };
 
@@ -107,6 +107,8 @@ impl Capture<'_> {
         let begun = Instant::now();
         let mut policy = FlushPolicy::default();
         let mut left_over = None;
+        // The last read has filled all that it was given: the child prints faster than this reads.
+        let mut is_full = false;
         loop {
             // Asked for here and not only in the wait: whoever holds the pipe may never let it
             // run empty.
@@ -118,39 +120,45 @@ impl Capture<'_> {
                 filling.flush().await;
                 policy.flushed(begun.elapsed());
             }
-            let buffer = filling.room(threshold).await;
-            let read = match pipe.get_ref().read_now(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-                Ok(0) => return Ok(Read::All),
-                Ok(count) => Some(count),
-            };
-            let Some(count) = read else {
-                if left_over.is_some() {
-                    return Ok(Read::All);
+            let in_burst = is_full
+                && threshold == CHUNK_BYTES_MAX
+                && left_over.is_none()
+                && self.room.get() >= (CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX) as u64;
+            if in_burst {
+                filling.reserve();
+            }
+            let count = match filling
+                .read(pipe.get_ref(), threshold, in_burst, tail)
+                .await?
+            {
+                Taken::Bytes { count, all_room } => {
+                    is_full = all_room;
+                    count
                 }
-                let due = filling.can_flush().then(|| {
-                    policy
-                        .due_at(self.interval())
-                        .saturating_sub(begun.elapsed())
-                });
-                self.wait(&pipe, due).await?;
-                continue;
+                Taken::End => return Ok(Read::All),
+                Taken::NotYet if left_over.is_some() => return Ok(Read::All),
+                Taken::NotYet => {
+                    is_full = false;
+                    let due = filling.can_flush().then(|| {
+                        policy
+                            .due_at(self.interval())
+                            .saturating_sub(begun.elapsed())
+                    });
+                    self.wait(&pipe, due).await?;
+                    continue;
+                }
             };
-            tail.push(&buffer[..count]);
             let room = self.room.get();
             self.room.set(room.saturating_sub(count as u64));
             if count as u64 > room {
-                filling.add(usize::try_from(room).unwrap_or(count));
+                let kept = usize::try_from(room).unwrap_or(count);
+                filling.take_in(kept, CHUNK_BYTES_MAX).await;
                 filling.end_on_a_character();
                 filling.flush().await;
                 self.drain(&pipe, tail).await?;
                 return Ok(Read::Cut);
             }
-            filling.add(count);
-            if filling.len() >= threshold {
-                filling.flush().await;
+            if filling.take_in(count, threshold).await {
                 policy.flushed(begun.elapsed());
             }
             if let Some(left) = &mut left_over {
@@ -172,7 +180,10 @@ impl Capture<'_> {
         let mut left_over = LEFTOVER_PIPE_BYTES;
         while left_over > 0 {
             let is_let_go = self.let_go.is_closed();
-            match pipe.get_ref().read_now(&mut scratch) {
+            match pipe
+                .get_ref()
+                .read_now(&mut [IoSliceMut::new(&mut scratch)])
+            {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if is_let_go {
                         break;
@@ -228,127 +239,6 @@ enum Read {
 }
 
 const PIPE_BYTES: usize = 256 * 1024;
-
-/// A pipe end whose reads do not need `&mut`.
-struct PipeReader<P>(P);
-
-impl<P: AsFd> AsFd for PipeReader<P> {
-    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-impl<P: AsFd> PipeReader<P> {
-    fn read_now(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&self.0, buffer)?)
-    }
-}
-
-/// The buffer that is being filled, and the way to others.
-struct Filling {
-    /// Always of full length; the first `filled` bytes count.
-    buffer: Option<Chunk>,
-    filled: usize,
-    allocated: usize,
-    full: Sender<Chunk>,
-    to_fill: Receiver<Chunk>,
-}
-
-impl Filling {
-    fn new(full: Sender<Chunk>, to_fill: Receiver<Chunk>) -> Filling {
-        Filling {
-            buffer: None,
-            filled: 0,
-            allocated: 0,
-            full,
-            to_fill,
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.filled
-    }
-
-    fn add(&mut self, count: usize) {
-        self.filled += count;
-    }
-
-    /// Drops the begin of a character that will not be completed.
-    fn end_on_a_character(&mut self) {
-        self.filled = self.complete();
-    }
-
-    /// Where the next bytes go: up to the threshold, and at least one byte.
-    async fn room(&mut self, threshold: usize) -> &mut [u8] {
-        if self.buffer.is_none() {
-            let buffer = self.take_buffer().await;
-            self.buffer = Some(buffer);
-        }
-        let end = threshold.max(self.filled + 1).min(CHUNK_BYTES_MAX);
-        let filled = self.filled;
-        let buffer = self.buffer.as_mut().expect("it was just taken");
-        &mut buffer[filled..end]
-    }
-
-    async fn take_buffer(&mut self) -> Chunk {
-        let reused = match self.to_fill.try_recv() {
-            Ok(buffer) => Some(buffer),
-            Err(_) if self.allocated < CHUNK_BUFFERS_MAX => None,
-            // The storer outlives the reader, so this ends.
-            Err(_) => self.to_fill.recv().await.ok(),
-        };
-        let mut buffer = reused.unwrap_or_else(|| {
-            self.allocated += 1;
-            Chunk::new(ChunkBuffer::new())
-        });
-        let resized = buffer.resize(CHUNK_BYTES_MAX, 0);
-        debug_assert!(resized.is_ok(), "the length is the capacity");
-        buffer
-    }
-
-    /// Whether there is anything that may go without splitting a character.
-    fn can_flush(&self) -> bool {
-        self.complete() > 0
-    }
-
-    fn complete(&self) -> usize {
-        self.buffer
-            .as_ref()
-            .map_or(0, |buffer| complete_prefix(&buffer[..self.filled]))
-    }
-
-    async fn flush(&mut self) {
-        let cut = self.complete();
-        self.flush_to(cut).await;
-    }
-
-    /// The end of the stream: an incomplete character goes, too.
-    async fn flush_all(&mut self) {
-        self.flush_to(self.filled).await;
-    }
-
-    async fn flush_to(&mut self, cut: usize) {
-        if cut == 0 {
-            return;
-        }
-        let Some(mut buffer) = self.buffer.take() else {
-            return;
-        };
-        let mut held_back = heapless::Vec::<u8, 4>::new();
-        let held = held_back.extend_from_slice(&buffer[cut..self.filled]);
-        debug_assert!(held.is_ok(), "a character has at most four bytes");
-        buffer.truncate(cut);
-        self.filled = 0;
-        // The storer outlives the reader; a closed channel cannot be.
-        let _ = self.full.send(buffer).await;
-        if !held_back.is_empty() {
-            let mut next = self.take_buffer().await;
-            next[..held_back.len()].copy_from_slice(&held_back);
-            self.filled = held_back.len();
-            self.buffer = Some(next);
-        }
-    }
-}
 
 /// Commits what waits until the reader is done. Returns the last sequence stored and how many
 /// chunks were given up.

@@ -4,6 +4,7 @@
 //! - [`script`]: how the command becomes a process.
 //! - [`setup`], [`account`]: what is done in that process first: user, limits, place.
 //! - [`capture`]: from the pipe to the store, in chunks. When the store is slow the child waits.
+//! - [`filling`]: the buffers between the two.
 //! - [`flush`], [`utf8`], [`tail`]: when a chunk is cut, where, and what the final keeps.
 //! - [`process`]: signals, exit and reaping.
 //! - [`host`], [`cgroup`], [`procfs`], [`ending`], [`emptying`]: whose a process is, who lives, and how all of them end.
@@ -19,6 +20,7 @@ pub mod capture;
 pub mod cgroup;
 mod emptying;
 mod ending;
+mod filling;
 pub mod flush;
 pub mod host;
 mod process;

@@ -29,6 +29,13 @@ impl TailRing {
         }
     }
 
+    /// Of so many bytes that come now, the first so many would not stay: they need not be pushed.
+    pub fn pass_over(&mut self, coming: usize) -> usize {
+        let passed = coming.saturating_sub(self.capacity);
+        self.truncated |= passed > 0;
+        passed
+    }
+
     pub fn push(&mut self, mut new: &[u8]) {
         if new.len() > self.capacity {
             self.truncated = true;
@@ -90,6 +97,19 @@ mod tests {
                 assert!(tail.bytes.capacity() <= capacity.max(8));
             }
         }
+    }
+
+    #[test]
+    fn what_would_not_stay_need_not_be_pushed() {
+        let mut ring = TailRing::new(4);
+        ring.push(b"ab");
+        assert_eq!(ring.pass_over(2), 0);
+        ring.push(b"cd");
+        assert!(!ring.truncated);
+        assert_eq!(ring.pass_over(7), 3);
+        ring.push(b"defg");
+        let tail = ring.finish();
+        assert_eq!((tail.bytes, tail.truncated), (b"defg".to_vec(), true));
     }
 
     #[test]

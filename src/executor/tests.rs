@@ -459,28 +459,43 @@ fn the_exit_is_noticed_without_a_pidfd() {
     assert_eq!(group.reap().0, Cause::Exited(7));
 }
 
+/// A capture with this threshold, below which it is flushed at once or not at all, and the other ends of its channels.
+fn capture<'a>(
+    threshold: usize,
+    tail_bytes: usize,
+    ended_at: &'a Cell<Option<Instant>>,
+    room: &'a Cell<u64>,
+) -> (Capture<'a>, (Sender<()>, Receiver<()>)) {
+    let (holding, let_go) = async_channel::bounded(1);
+    let (reading, all_read) = async_channel::bounded(1);
+    let interval = match threshold {
+        CHUNK_BYTES_MAX => Duration::from_secs(3600),
+        _ => Duration::ZERO,
+    };
+    let capture = Capture {
+        stream: Stream::Stdout,
+        flush: Flush {
+            interval,
+            threshold,
+        },
+        tail_bytes,
+        watched: Rc::new(Cell::new(true)),
+        ended_at,
+        let_go,
+        reading,
+        room,
+    };
+    (capture, (holding, all_read))
+}
+
 #[test]
 fn output_is_given_up_when_the_store_stays_away_after_the_end() {
     let store = FakeStore::default();
     store.refusals.set(u32::MAX);
     let long_ago = Instant::now().checked_sub(STORE_GIVE_UP + Duration::from_secs(1));
     let ended_at = Cell::new(Some(long_ago.expect("the machine is up for a minute")));
-    let (_holding, let_go) = async_channel::bounded(1);
-    let (reading, _all_read) = async_channel::bounded(1);
     let room = Cell::new(u64::MAX);
-    let capture = Capture {
-        stream: Stream::Stdout,
-        flush: Flush {
-            interval: Duration::ZERO,
-            threshold: 1024,
-        },
-        tail_bytes: 5,
-        watched: Rc::new(Cell::new(true)),
-        ended_at: &ended_at,
-        let_go,
-        reading,
-        room: &room,
-    };
+    let (capture, _others) = capture(1024, 5, &ended_at, &room);
     let (pipe, mut writer) = std::io::pipe().expect("a pipe");
     let text = vec![b'x'; 3 * CHUNK_BYTES_MAX];
     std::io::Write::write_all(&mut writer, &text).expect("fits into a pipe");
@@ -494,6 +509,37 @@ fn output_is_given_up_when_the_store_stays_away_after_the_end() {
         1,
         "once given up, it is not asked again"
     );
+}
+
+/// While a child prints without pause one read fills several buffers, whose borders lie anywhere.
+#[test]
+fn characters_stay_whole_when_one_read_fills_several_buffers() {
+    let text = "a\u{df}\u{20ac}\u{1f980}".repeat(200_000);
+    let store = FakeStore::default();
+    let ended_at = Cell::new(None);
+    let room = Cell::new(u64::MAX);
+    let (capture, _others) = capture(CHUNK_BYTES_MAX, 70_000, &ended_at, &room);
+    let (pipe, mut writer) = std::io::pipe().expect("a pipe");
+    let printed = text.clone();
+    let printer = std::thread::spawn(move || {
+        std::io::Write::write_all(&mut writer, printed.as_bytes()).expect("it is read");
+    });
+    let captured = smol::block_on(capture.run(pipe, &store));
+    printer.join().expect("prints all");
+    let chunks = &store.chunks.borrow()[Stream::Stdout.index()];
+    for chunk in chunks {
+        assert!(std::str::from_utf8(chunk).is_ok(), "a character is split");
+    }
+    let stored = store.bytes(Stream::Stdout);
+    assert!(
+        stored == text.as_bytes(),
+        "{} bytes are stored",
+        stored.len()
+    );
+    let fewest = text.len().div_ceil(CHUNK_BYTES_MAX);
+    assert!(chunks.len() <= fewest + 2, "{} chunks", chunks.len());
+    let kept = &text.as_bytes()[text.len() - 70_000..];
+    assert!(kept.ends_with(&captured.tail.bytes) && captured.tail.bytes.len() > 69_990);
 }
 
 #[test]
