@@ -137,6 +137,10 @@ pub const WINDOW_BYTES: usize = 256 * KIB;
 pub const WINDOW_STREAM_MESSAGES: usize = WINDOW_MESSAGES / 2;
 pub const WINDOW_STREAM_BYTES: usize = WINDOW_BYTES / 2;
 
+/// Raw payload of one read, unless a single message is larger: what a full commit brings. Only so much
+/// is in memory; the rest of the window is names.
+pub const READ_BYTES_MAX: usize = CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX;
+
 /// A chunk goes at most so far ahead of the first unacknowledged one of its stream: the outbox
 /// cannot note the acknowledgement of a single chunk that is further away.
 pub const ACK_SPAN: u64 = 64;
@@ -368,8 +372,10 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              one look at PROCESSES_SEEN_MAX processes, while something is ended            640 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
+//              the one before it, from which live output is read                          1,024 KiB
 //              one segment read for replay                                                  520 KiB
-//   session    in flight: names only; one batch read: WINDOW_BYTES                          256 KiB
+//   session    in flight: names only; batches of READ_BYTES_MAX: BATCHES_IN_WRITER, one in
+//              hand, one that is being read                                                 512 KiB
 //   net        data lane, (DATA_LANE_FRAMES + 2) × 16 KiB, six times that if JSON must
 //              escape                                                                       576 KiB
 //              ANSWERS_IN_WRITER finals with two texts, six times that if JSON must escape  512 KiB

@@ -2,6 +2,8 @@
 
 use std::time::Instant;
 
+use async_channel::Sender;
+
 use super::attempts::Attempt;
 use super::engine::{Engine, LIFE_BYTES, answer, answer_if, io_error, tail};
 use super::handle::{AppendError, FinishError, Reply};
@@ -85,6 +87,12 @@ impl Closings {
 impl Engine {
     /// Makes durable what is staged, applies it and answers.
     pub fn commit(&mut self) {
+        self.commit_and_tell(None);
+    }
+
+    /// As [`Engine::commit`]. Whoever sends is told before whoever stores is answered: its read then
+    /// comes before the next chunks, whose commit it would have to wait for.
+    pub fn commit_and_tell(&mut self, sender: Option<&Sender<()>>) {
         if self.staged.is_empty() {
             return;
         }
@@ -94,24 +102,34 @@ impl Engine {
             false => self.add_marks(),
         };
         let has_output = |staged: &Staged| matches!(staged.fact, Fact::Output(..));
+        let has_final = |staged: &Staged| matches!(staged.fact, Fact::Final { .. });
+        let has_news = |staged: &Staged| has_output(staged) || has_final(staged);
         let contents = Contents {
             any_output: self.staged.iter().any(has_output),
             only_output: self.staged.iter().all(has_output),
         };
         let placed = self.write_unit(contents);
-        self.unit.clear();
         let staged = std::mem::take(&mut self.staged);
         match placed {
             Ok((generation, offset)) => {
+                self.fresh.keep(&mut self.unit, generation, offset);
                 self.closings_logged(closings, generation);
                 for (key, stream, done) in marks {
                     self.mark_logged(key, stream, done, generation);
+                }
+                if staged.iter().any(has_news) {
+                    match sender {
+                        // If a signal waits already, this news is covered by it.
+                        Some(sender) => drop(sender.try_send(())),
+                        None => self.news = true,
+                    }
                 }
                 for fact in staged {
                     self.apply(fact, generation, offset);
                 }
             }
             Err(why) => {
+                self.unit.clear();
                 // Whoever asked tells what it means; this may come many times a second.
                 log::debug!("cannot store {} facts in the outbox: {why}", staged.len());
                 for fact in staged {
@@ -280,7 +298,6 @@ impl Engine {
                     let at = Cursor::record(generation, offset + done_at);
                     self.apply_record(key, &Record::Done { dropped: false }, at);
                 }
-                self.news = true;
                 answer_if(reply, Ok(()));
             }
             Fact::Rejected(stream, sequence, done, reply) => {
@@ -328,7 +345,6 @@ impl Engine {
             attempt.stream_mut(stream).stored(sequence);
             segment.note_chunk(key, stream, sequence, chunk.len() as u64, offset);
         }
-        self.news = true;
     }
 
     fn count_drops(&mut self, key: AttemptKey, record: &Record<'_>) {

@@ -12,6 +12,7 @@ use std::time::Instant;
 use super::ahead::Ahead;
 use super::attempts::Attempt;
 use super::commit::Staged;
+use super::fresh::Fresh;
 use super::handle::Reply;
 use super::index::Index;
 use super::log::Log;
@@ -74,6 +75,7 @@ pub(super) struct Engine {
     pub closings: Vec<(AttemptKey, Entry, u64)>,
     pub reading: Option<(u64, SegmentReader)>,
     pub window: Vec<u8>,
+    pub fresh: Fresh,
     pub ahead: Ahead,
     /// Since when the file system has had no room.
     pub full_since: Option<Instant>,
@@ -114,6 +116,7 @@ impl Engine {
             closings: Vec::new(),
             reading: None,
             window: Vec::new(),
+            fresh: Fresh::default(),
             ahead: Ahead::default(),
             full_since: None,
             full_with_files: None,

@@ -76,6 +76,23 @@ impl Submitted {
     }
 }
 
+/// What was asked to be read, on its way.
+pub struct Reading {
+    from: Cursor,
+    batch: Receiver<Batch>,
+}
+
+impl Reading {
+    /// Empty and `at_end` if nothing waits at the cursor.
+    pub async fn batch(self) -> Batch {
+        self.batch.recv().await.unwrap_or(Batch {
+            next: self.from,
+            at_end: true,
+            ..Batch::default()
+        })
+    }
+}
+
 impl Handle {
     /// Random name of this store. It changes only when a volatile store has been left for the disk
     /// ([`Handle::reopened`]); messages keep the name that they were born with.
@@ -226,16 +243,20 @@ impl Handle {
             .await;
     }
 
-    /// Reads forward from a cursor. Empty and `at_end` if nothing waits there.
+    /// Reads forward from a cursor.
     pub async fn read(&self, request: ReadRequest) -> Batch {
+        self.begin_to_read(request).await.batch().await
+    }
+
+    /// As [`Handle::read`], without waiting for the disk: it is read before anything that is stored
+    /// by a later call.
+    pub async fn begin_to_read(&self, request: ReadRequest) -> Reading {
+        let (reply, batch) = async_channel::bounded(1);
         let from = request.from;
-        self.ask(|reply| Command::Read(Box::new(request), reply))
-            .await
-            .unwrap_or(Batch {
-                next: from,
-                at_end: true,
-                ..Batch::default()
-            })
+        // A closed store drops the command, and with it the other end.
+        let command = Command::Read(Box::new(request), reply);
+        let _ = self.commands.send(command).await;
+        Reading { from, batch }
     }
 
     /// Where the first held, unacknowledged chunk of a stream with at least this sequence is.

@@ -9,7 +9,8 @@
 //! * `attempts`: what is known of the attempts that are open.
 //! * `record`, `unit`, `segment`: the bytes; `log`: the append side; `disk`: the files.
 //! * `space`: retirement, copying forward, giving up the oldest output.
-//! * `reader`: replay, texts, and what a hello tells; `ahead`: finals that come before their turn.
+//! * `reader`: replay, texts, and what a hello tells; `fresh`: the unit that is still in memory;
+//!   `ahead`: finals that come before their turn.
 //! * `recovery`, `opening`: from files to an engine; `memory`: the volatile store; `frozen`: a store
 //!   that can be read and not be written.
 //! * `moving`: what one store holds goes over into another; `aside`: stores of newer agents.
@@ -21,7 +22,8 @@
 //!    a lost one costs a repeat.
 //! 2. The log alone tells all of every open attempt; the index remembers those that are done.
 //! 3. A segment is given up only after all that it alone knew is durable elsewhere.
-//! 4. Memory holds a summary for each open attempt, segment and stream, nothing for a chunk.
+//! 4. Memory holds a summary for each open attempt, segment and stream, nothing for a chunk but
+//!    those of the last commit.
 
 mod ahead;
 mod aside;
@@ -34,6 +36,7 @@ mod crashes;
 mod disk;
 mod engine;
 mod facts;
+mod fresh;
 mod frozen;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;

@@ -6,12 +6,11 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::engine::{Engine, io_error};
-use super::record::{RECORD_HEAD_BYTES, Record};
-use super::segment::{HEADER_BYTES, SegmentReader};
+use super::record::Record;
+use super::segment::{After, HEADER_BYTES, SegmentReader};
 use super::types::*;
-use super::unit::UNIT_HEAD_BYTES;
 use crate::ids::{AttemptKey, Stream};
-use crate::limits::SECTOR_BYTES;
+use crate::limits::READ_BYTES_MAX;
 
 impl Engine {
     /// Reads unacknowledged messages forward from a cursor.
@@ -25,6 +24,8 @@ impl Engine {
             mut messages,
         } = request;
         buffer.clear();
+        // At once and no more: a buffer that grows step by step becomes too large to be used again.
+        buffer.reserve_exact(max_bytes.min(READ_BYTES_MAX));
         messages.clear();
         let mut batch = Batch {
             messages,
@@ -52,7 +53,7 @@ impl Engine {
                 batch.next = Cursor::unit(generation, HEADER_BYTES);
             }
             let something = finals.contains(&generation) || self.has_waiting_output(segment);
-            if something && batch.next.byte() < end {
+            while something && !full && batch.next.byte() < end {
                 full = self.read_segment(at, max_messages, max_bytes, skip, &mut batch);
             }
             if !full {
@@ -68,7 +69,8 @@ impl Engine {
         batch
     }
 
-    /// Reads on in one segment. `true` if the batch is full; `next` then points at what follows.
+    /// Reads on in one segment, in the part of it that is in memory or in what lies before or behind
+    /// that. `true` if the batch is full; `next` points at what follows in either case.
     fn read_segment(
         &mut self,
         at: usize,
@@ -77,18 +79,28 @@ impl Engine {
         skip: Option<(AttemptKey, Stream)>,
         batch: &mut Batch,
     ) -> bool {
-        let Some(mut reader) = self.take_reader(at) else {
+        let segment = &self.log.segments[at];
+        let (generation, seed) = (segment.generation(), segment.header.seed());
+        let (from, end) = (batch.next.byte(), segment.end);
+        let is_fresh = self.fresh.holds(generation, from);
+        let (reader, end) = if is_fresh {
+            let (reader, end) = self.fresh.lend(seed);
+            (Some(reader), end)
+        } else {
+            let begin = self.fresh.begin_behind(generation, from);
+            (self.take_reader(at), begin.unwrap_or(end))
+        };
+        let Some(mut reader) = reader else {
+            batch.next = Cursor::unit(generation, end);
             return false;
         };
-        let generation = self.log.segments[at].generation();
-        let end = self.log.segments[at].end;
         reader.expect(
             max_messages.saturating_sub(batch.messages.len()),
             max_bytes.saturating_sub(batch.buffer.len()),
         );
         let mut place = batch.next;
         let mut full = false;
-        while let Some((offset, after)) = next_record(&mut reader, place, end) {
+        while let Some((offset, after)) = reader.next_record(place, end) {
             let next = match after {
                 After::Record(byte) => Cursor::record(generation, byte),
                 After::Unit(byte) => Cursor::unit(generation, byte),
@@ -111,9 +123,15 @@ impl Engine {
         }
         if full {
             batch.next = place;
+        } else {
+            batch.next = Cursor::unit(generation, end);
         }
-        reader.shrink();
-        self.reading = Some((generation, reader));
+        if is_fresh {
+            self.fresh.give_back(reader);
+        } else {
+            reader.shrink();
+            self.reading = Some((generation, reader));
+        }
         full
     }
 
@@ -209,7 +227,7 @@ impl Engine {
             };
             let mut place = Cursor::unit(generation, span.unit_offset);
             let mut reader = self.take_reader(at)?;
-            while let Some((offset, after)) = next_record(&mut reader, place, end) {
+            while let Some((offset, after)) = reader.next_record(place, end) {
                 if let Some((head, body)) = reader.record_at(offset, end)
                     && head.key == key
                     && let Some(Record::Output {
@@ -536,42 +554,6 @@ impl Engine {
         }
         counts.oldest_waiting_ms = oldest;
         counts
-    }
-}
-
-/// Where reading goes on after a record.
-enum After {
-    Record(u64),
-    Unit(u64),
-}
-
-/// The next good record from a cursor on, and what follows it. What cannot be read is passed over.
-fn next_record(reader: &mut SegmentReader, from: Cursor, end: u64) -> Option<(u64, After)> {
-    let mut place = from;
-    loop {
-        if !place.is_record() {
-            let (unit_at, _) = reader.find_unit(place.byte(), end)?;
-            place = Cursor::record(place.generation, unit_at + UNIT_HEAD_BYTES as u64);
-        }
-        let at = place.byte();
-        if let Some((head, _)) = reader.record_at(at, end) {
-            let behind = at + head.bytes();
-            let after = match head.is_last() {
-                true => After::Unit(behind.next_multiple_of(SECTOR_BYTES as u64)),
-                false => After::Record(behind),
-            };
-            return Some((at, after));
-        }
-        let behind = match reader.bytes(at, RECORD_HEAD_BYTES, end) {
-            Some(bytes) => super::record::RecordHead::decode(bytes).map(|head| at + head.bytes()),
-            None => None,
-        };
-        place = match behind {
-            Some(behind) if reader.record_at(behind, end).is_some() => {
-                Cursor::record(place.generation, behind)
-            }
-            _ => Cursor::unit(place.generation, at + 1),
-        };
     }
 }
 

@@ -6,9 +6,10 @@
 
 use super::disk::DiskFile;
 use super::record::{RECORD_HEAD_BYTES, RecordHead, u32_at, u64_at};
+use super::types::Cursor;
 use super::unit::{UNIT_HEAD_BYTES, UnitHead};
 use crate::ids::Incarnation;
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{READ_BYTES_MAX, SECTOR_BYTES};
 
 /// Raised when the format changes: an older agent sets a newer store aside.
 ///
@@ -18,8 +19,8 @@ pub(super) const FORMAT_VERSION: u32 = 2;
 /// Two copies of the header: the first unit begins here.
 pub(super) const HEADER_BYTES: u64 = 2 * SECTOR_BYTES as u64;
 const MAGIC: &[u8; 8] = b"HLEDGESG";
-/// Read at once while walking a segment.
-const WINDOW_BYTES: usize = 128 * 1024;
+/// Read at once while walking a segment: as much payload as is asked for at once, and its heads.
+const WINDOW_BYTES: usize = READ_BYTES_MAX + 4 * 1024;
 /// Nothing that is written is longer: a command or two texts of 1 MiB each, with their heads.
 pub(super) const SEGMENT_BYTES_LIMIT: u64 = 64 * 1024 * 1024;
 
@@ -124,7 +125,8 @@ impl Header {
 /// Walks the units and records of one segment through a window. An unreadable place of the disk
 /// is treated like damage.
 pub(super) struct SegmentReader {
-    file: Box<dyn DiskFile>,
+    /// `None`: all there is to read is in the window.
+    file: Option<Box<dyn DiskFile>>,
     pub seed: u32,
     window: Vec<u8>,
     base: u64,
@@ -136,13 +138,30 @@ pub(super) struct SegmentReader {
 impl SegmentReader {
     pub fn new(file: Box<dyn DiskFile>, seed: u32, window: Vec<u8>) -> SegmentReader {
         SegmentReader {
-            file,
+            file: Some(file),
             seed,
             window,
             base: 0,
             filled: 0,
             read_ahead: WINDOW_BYTES,
         }
+    }
+
+    /// Reads a part of a segment that is in memory, from `base` on.
+    pub fn of_bytes(bytes: Vec<u8>, base: u64, seed: u32) -> SegmentReader {
+        SegmentReader {
+            file: None,
+            seed,
+            filled: bytes.len(),
+            window: bytes,
+            base,
+            read_ahead: 0,
+        }
+    }
+
+    /// Gives back what [`SegmentReader::of_bytes`] was given.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.window
     }
 
     /// Gives the window back for the next reader, without what an oversized record made of it.
@@ -179,16 +198,17 @@ impl SegmentReader {
             return None;
         }
         if offset < self.base || end > self.base + self.filled as u64 {
+            let file = self.file.as_ref()?;
             let wanted = len.max(self.read_ahead.min((limit - offset) as usize));
             if self.window.len() < wanted {
                 self.window = vec![0; wanted];
             }
             self.base = offset;
             let window = &mut self.window[..wanted];
-            self.filled = match self.file.read_at(window, offset) {
+            self.filled = match file.read_at(window, offset) {
                 Ok(filled) => filled,
                 // One bad block must not cost its neighbours: the exact range once more.
-                Err(_) => self.file.read_at(&mut window[..len], offset).unwrap_or(0),
+                Err(_) => file.read_at(&mut window[..len], offset).unwrap_or(0),
             };
         }
         let from = (offset - self.base) as usize;
@@ -218,9 +238,10 @@ impl SegmentReader {
     /// The record at this place if its checksum is right: its head and its body.
     pub fn record_at(&mut self, offset: u64, limit: u64) -> Option<(RecordHead, &[u8])> {
         let head = RecordHead::decode(self.bytes(offset, RECORD_HEAD_BYTES, limit)?)?;
-        let seed = self.seed;
+        let (seed, is_in_memory) = (self.seed, self.file.is_none());
         let record = self.bytes(offset, usize::try_from(head.bytes()).ok()?, limit)?;
-        head.proves(seed, offset, record)
+        // What is only in memory has just been sealed there.
+        (is_in_memory || head.proves(seed, offset, record))
             .then_some((head, &record[RECORD_HEAD_BYTES..]))
     }
 
@@ -252,4 +273,40 @@ impl SegmentReader {
         }
         None
     }
+
+    /// The next good record from a cursor on, and what follows it. What cannot be read is passed over.
+    pub fn next_record(&mut self, from: Cursor, end: u64) -> Option<(u64, After)> {
+        let mut place = from;
+        loop {
+            if !place.is_record() {
+                let (unit_at, _) = self.find_unit(place.byte(), end)?;
+                place = Cursor::record(place.generation, unit_at + UNIT_HEAD_BYTES as u64);
+            }
+            let at = place.byte();
+            if let Some((head, _)) = self.record_at(at, end) {
+                let behind = at + head.bytes();
+                let after = match head.is_last() {
+                    true => After::Unit(behind.next_multiple_of(SECTOR_BYTES as u64)),
+                    false => After::Record(behind),
+                };
+                return Some((at, after));
+            }
+            let behind = match self.bytes(at, RECORD_HEAD_BYTES, end) {
+                Some(bytes) => RecordHead::decode(bytes).map(|head| at + head.bytes()),
+                None => None,
+            };
+            place = match behind {
+                Some(behind) if self.record_at(behind, end).is_some() => {
+                    Cursor::record(place.generation, behind)
+                }
+                _ => Cursor::unit(place.generation, at + 1),
+            };
+        }
+    }
+}
+
+/// Where reading goes on after a record.
+pub(super) enum After {
+    Record(u64),
+    Unit(u64),
 }

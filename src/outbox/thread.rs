@@ -80,7 +80,7 @@ impl Storage {
                 other => self.handle(other),
             }
         }
-        self.engine.commit();
+        self.engine.commit_and_tell(Some(&self.appended));
         if std::mem::take(&mut self.engine.news) {
             // If a signal waits already, this news is covered by it.
             let _ = self.appended.try_send(());

@@ -176,6 +176,12 @@ impl Cursor {
         }
     }
 
+    /// Places of one segment, in order.
+    #[cfg(test)]
+    pub fn some() -> [Cursor; 5] {
+        [1, 2, 3, 4, 5].map(|sector| Cursor::record(1, 512 * sector))
+    }
+
     pub(super) fn byte(self) -> u64 {
         self.offset >> 1
     }

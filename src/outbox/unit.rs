@@ -22,7 +22,7 @@ const UNIT_MAGIC: u32 = 0x5455_4c48;
 /// What the page cache works in.
 pub(super) const PAGE_BYTES: u64 = 4096;
 /// A buffer that an oversized unit has grown beyond this is given back.
-const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
+pub(super) const UNIT_BUFFER_KEPT_BYTES: usize = 1024 * 1024;
 
 /// Bytes that a unit of records of this length takes on disk.
 pub(super) fn unit_bytes(records: usize) -> u64 {
@@ -59,6 +59,13 @@ impl UnitBuffer {
         if self.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
             self.bytes = Vec::new();
         }
+    }
+
+    /// As [`UnitBuffer::clear`]: what was sealed goes to `bytes`, whose buffer is used for the next
+    /// unit.
+    pub fn clear_into(&mut self, bytes: &mut Vec<u8>) {
+        std::mem::swap(&mut self.bytes, bytes);
+        self.clear();
     }
 
     /// Adds a record; gives its distance from the unit's begin.
