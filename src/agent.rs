@@ -4,6 +4,7 @@
 //! - [`driver`]: the one loop that owns the session.
 //! - [`effects`]: what the session wants done, as tasks on the executor.
 //! - [`connection`]: one WebSocket connection and its frames.
+//! - [`in_hand`]: what was read and found no room yet.
 //! - [`task_host`]: what tasks run in, and what is left of old ones.
 //! - [`task`]: one attempt from "about to start" to its stored final.
 //! - [`report`]: finals over HTTP.
@@ -22,6 +23,7 @@ mod connection;
 mod driver;
 mod effects;
 mod frames;
+mod in_hand;
 pub mod lock;
 mod notify;
 mod outside;
@@ -81,7 +83,7 @@ impl Context {
     }
 
     /// As [`Context::spawn`]; the task ends when what comes back is dropped.
-    fn start(&self, future: impl Future<Output = ()> + 'static) -> smol::Task<()> {
+    fn start<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> smol::Task<T> {
         let executor = self.executor.upgrade();
         executor
             .expect("whoever calls this runs on the executor")

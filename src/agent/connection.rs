@@ -21,7 +21,9 @@ use crate::session::delivery::Admission;
 
 /// Messages of one read that are to be sent.
 pub struct OutBatch {
-    pub batch: outbox::Batch,
+    pub batch: Rc<outbox::Batch>,
+    /// The message that an admission calls 0.
+    pub first: usize,
     pub admission: Admission,
     pub granted: Granted,
 }
@@ -107,7 +109,7 @@ async fn run(context: Rc<Context>, id: u64, control: Receiver<Control>, to_send:
 async fn converse<W: Future<Output = String>>(
     context: &Rc<Context>,
     id: u64,
-    reader: impl FrameReader,
+    reader: impl FrameReader + 'static,
     to_send: Receiver<ToSend>,
     write: impl FnOnce(Receiver<Vec<u8>>, Sender<Vec<u8>>) -> W,
 ) {
@@ -115,25 +117,21 @@ async fn converse<W: Future<Output = String>>(
     let (data, data_lane) = async_channel::bounded(DATA_LANE_FRAMES);
     // Those in the lane, one being written and one being filled.
     let (spent, spare) = async_channel::bounded(DATA_LANE_FRAMES + 2);
-    let goodbye = Cell::new(None);
-    let why = future::or(
-        write(data_lane, spent),
-        future::or(
-            read_loop(context, id, reader, &goodbye),
-            send_all(context, id, to_send, data, spare),
-        ),
-    )
-    .await;
+    let goodbye = Rc::new(Cell::new(None));
+    // A task of its own: each frame that is sent would have the socket asked for news.
+    let reading = context.start(read_loop(context.clone(), id, reader, goodbye.clone()));
+    let sending = send_all(context, id, to_send, data, spare);
+    let why = future::or(write(data_lane, spent), future::or(reading, sending)).await;
     let why = goodbye.take().unwrap_or(why);
     context.tell(Input::Disconnected(id, why)).await;
 }
 
 /// `goodbye` takes the reason that the server gives for its close.
 async fn read_loop(
-    context: &Rc<Context>,
+    context: Rc<Context>,
     id: u64,
     mut reader: impl FrameReader,
-    goodbye: &Cell<Option<String>>,
+    goodbye: Rc<Cell<Option<String>>>,
 ) -> String {
     loop {
         let mut is_large = false;
@@ -187,7 +185,7 @@ async fn send_all(
             frame.clear();
             frames::encode(
                 &mut frame,
-                &out.batch.messages[admitted.index],
+                &out.batch.messages[out.first + admitted.index],
                 &out.batch.buffer,
                 admitted.truncated,
                 out.granted,

@@ -12,11 +12,12 @@ use log::{debug, info, warn};
 
 use super::connection::{Connection, OutBatch, ToSend};
 use super::effects::{self, RunningStops};
+use super::in_hand::{InHand, Rest, Skip};
 use super::status::Status;
 use super::{Context, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
-use crate::limits::{BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
+use crate::limits::{BATCHES_IN_WRITER, READ_BYTES_MAX, STOP_GIVE_UP, TASK_QUEUE_MAX};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
@@ -36,8 +37,8 @@ pub enum Input {
     Disconnected(u64, String),
     Snapshot(u64, Box<Snapshot>),
     /// A batch has been handed to the socket; its buffers come back.
-    Transmitted(u64, outbox::Batch),
-    Batch(Box<outbox::Batch>),
+    Transmitted(u64, Rc<outbox::Batch>),
+    Batch(Box<outbox::Batch>, Skip),
     /// The place of the first chunk held of a stream from a sequence on.
     Located(AttemptKey, Stream, u64, Option<Cursor>),
     Offered(Box<TaskOffer>),
@@ -87,6 +88,7 @@ pub struct Driver {
     pub(super) running: RunningStops,
     /// To be recorded, in this order.
     pub(super) offers: Sender<(Box<TaskOffer>, Origin)>,
+    pub(super) in_hand: InHand,
     pub(super) spare_buffers: Vec<(Vec<u8>, Vec<outbox::Message>)>,
     stopping: Option<Stopping>,
     last_http_error: Option<String>,
@@ -115,6 +117,7 @@ impl Driver {
             connection: None,
             connections_made: 0,
             running: RunningStops::new(),
+            in_hand: InHand::default(),
             spare_buffers: Vec::with_capacity(BATCHES_IN_WRITER + 1),
             stopping: None,
             last_http_error: None,
@@ -255,7 +258,11 @@ impl Driver {
             | Input::Disconnected(..)
             | Input::Snapshot(..)
             | Input::Answered { .. } => {}
-            Input::Batch(batch) => self.take_batch(*batch, now),
+            Input::Batch(batch, skip) => {
+                let (batch, first) = (Rc::new(*batch), 0);
+                let at_end = batch.at_end;
+                self.take_batch(Rest { batch, first, skip }, at_end);
+            }
             Input::Located(key, stream, from, at) => {
                 self.session.located(key, stream, from, at, now);
             }
@@ -280,7 +287,11 @@ impl Driver {
             Input::FinalStored => self.session.final_stored(),
             Input::NetworkReturned(was_gone) => self.session.network_returned(was_gone, now),
             Input::Finals(waiting) => self.session.finals_listed(&waiting),
-            Input::Reported(ids, result) => self.session.reported(&ids, &result, now),
+            Input::Reported(ids, result) => {
+                // It is done, and goes nowhere else.
+                self.in_hand.void();
+                self.session.reported(&ids, &result, now);
+            }
             Input::Polled(failed) => {
                 self.forget_http_error(failed.is_none());
                 self.session.polled(failed, now);
@@ -323,15 +334,20 @@ impl Driver {
 
     pub(super) fn disconnected(&mut self, why: &str) {
         self.connection = None;
+        self.in_hand.void();
         let now = self.now();
         self.session.disconnected(why, now);
     }
 
-    fn take_batch(&mut self, batch: outbox::Batch, now: Now) {
-        let candidates = batch.messages.iter().map(frames::candidate);
-        let admission = self
-            .session
-            .batch_read(candidates, batch.next, batch.at_end, now);
+    /// Offers to the session what it wanted to read. `at_end`: nothing waits behind it.
+    pub(super) fn take_batch(&mut self, rest: Rest, at_end: bool) {
+        let now = self.now();
+        let Rest { batch, first, skip } = rest;
+        let candidates = batch.messages[first..].iter().map(frames::candidate);
+        let admission = self.session.batch_read(candidates, batch.next, at_end, now);
+        if let Some(from) = self.session.stopped_at() {
+            self.in_hand.keep(&batch, from, skip);
+        }
         if admission.is_empty() {
             self.keep_buffers(batch);
             return;
@@ -339,11 +355,12 @@ impl Driver {
         #[cfg(test)]
         if let Some(outside) = &self.context.simulated {
             for admitted in &admission {
-                outside.sends(&frames::candidate(&batch.messages[admitted.index]));
+                outside.sends(&frames::candidate(&batch.messages[first + admitted.index]));
             }
         }
         let out = OutBatch {
             batch,
+            first,
             admission,
             granted: self.granted(),
         };
@@ -357,21 +374,28 @@ impl Driver {
     }
 
     /// Buffers are used again, unless a rare large message has blown them up.
-    fn keep_buffers(&mut self, batch: outbox::Batch) {
-        let outbox::Batch {
+    fn keep_buffers(&mut self, batch: Rc<outbox::Batch>) {
+        let Some(outbox::Batch {
             mut messages,
             mut buffer,
             ..
-        } = batch;
+        }) = Rc::into_inner(batch)
+        else {
+            // The rest of it is in hand.
+            return;
+        };
         if self.spare_buffers.len() <= BATCHES_IN_WRITER {
             messages.clear();
             buffer.clear();
-            buffer.shrink_to(crate::limits::WINDOW_BYTES);
+            if buffer.capacity() > READ_BYTES_MAX {
+                buffer = Vec::new();
+            }
             self.spare_buffers.push((buffer, messages));
         }
     }
 
     fn reopened(&mut self, recovered: Recovered, now: Now) {
+        self.in_hand.void();
         self.incarnation = self.context.outbox.incarnation();
         self.session
             .store_changed(self.incarnation.to_string(), now);

@@ -1,6 +1,6 @@
 //! What the session wants done. Each effect becomes a command to the store, a frame, or a task on
 //! the executor that answers with an input; none makes the driver wait, except for room in the
-//! store's queue when acknowledgements come faster than the store takes them.
+//! store's queue when acknowledgements and reads come faster than the store takes them.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -29,6 +29,9 @@ use crate::wire::{AgentMessage, TaskOffer, Timestamp};
 impl Driver {
     pub(super) async fn carry_out(&mut self, effect: Effect<Cursor>) {
         let context = self.context.clone();
+        if drops_messages(&effect) {
+            self.in_hand.void();
+        }
         match effect {
             Effect::Dial => {
                 self.connections_made += 1;
@@ -66,18 +69,26 @@ impl Driver {
             }
             Effect::SendFinalAgain(ids) => self.send_final_again(ids),
             Effect::Read(order) => {
+                if let Some(rest) = self.in_hand.take(&order) {
+                    // More may wait behind it by now.
+                    return self.take_batch(rest, false);
+                }
                 let (buffer, messages) = self.spare_buffers.pop().unwrap_or_default();
+                let request = ReadRequest {
+                    from: order.from,
+                    max_messages: order.max_messages,
+                    max_bytes: order.max_bytes,
+                    skip: order.skip,
+                    buffer,
+                    messages,
+                };
+                // Before more is stored: its commit would have to be waited for.
+                let reading = context.outbox.begin_to_read(request).await;
                 context.clone().spawn(async move {
-                    let request = ReadRequest {
-                        from: order.from,
-                        max_messages: order.max_messages,
-                        max_bytes: order.max_bytes,
-                        skip: order.skip,
-                        buffer,
-                        messages,
-                    };
-                    let batch = context.outbox.read(request).await;
-                    context.tell(Input::Batch(Box::new(batch))).await;
+                    let batch = reading.batch().await;
+                    context
+                        .tell(Input::Batch(Box::new(batch), order.skip))
+                        .await;
                 });
             }
             Effect::Locate { key, stream, from } => context.clone().spawn(async move {
@@ -85,6 +96,9 @@ impl Driver {
                 context.tell(Input::Located(key, stream, from, at)).await;
             }),
             Effect::Acknowledge(acks) => {
+                for ack in &*acks {
+                    self.in_hand.acknowledged(ack);
+                }
                 let acks = acks.iter().map(|&ack| stored_ack(ack)).collect();
                 context.outbox.acknowledge(acks).await;
             }
@@ -206,6 +220,20 @@ impl Driver {
             context.tell(answered).await;
         });
     }
+}
+
+/// Whether what was read before may not be sent after this.
+fn drops_messages(effect: &Effect<Cursor>) -> bool {
+    matches!(
+        effect,
+        Effect::Dial
+            | Effect::Close
+            | Effect::Reject { .. }
+            | Effect::GiveUpStream { .. }
+            | Effect::Discard(_)
+            | Effect::DropFinal(_)
+            | Effect::Report(_)
+    )
 }
 
 fn stored_ack(ack: Ack) -> outbox::Ack {

@@ -2,15 +2,13 @@
 //! replay alike (DESIGN.md, "The way of a byte").
 //!
 //! Invariants:
-//! - Messages leave in log order, except finals that the store reads before their turn. What goes back in the log, for a gap error or a repeat, moves
-//!   the cursor back; what is still in flight is then passed over, so nothing live overtakes.
+//! - Messages leave in log order, but for finals that the store reads before their turn. A gap error or
+//!   a repeat moves the cursor back; what is in flight is then passed over: nothing live overtakes.
 //! - A chunk is not sent while an earlier chunk of its stream waits to be sent again, and a final
 //!   not while output of its attempt does.
 //! - A chunk that tells the server to accept a jump goes only when nothing of its stream is in
 //!   flight: the server might want some of that once more, and would jump over it, too.
 //! - A message leaves the window only by an acknowledgement, a refusal, or to be sent again.
-//!
-//! [`gaps`] answers gap errors, [`timers`] does what is due.
 //!
 //! `C` is the outbox's cursor: opaque, ordered as the log, its default before everything.
 
@@ -22,8 +20,8 @@ use super::failures::{Failures, LaneId};
 use super::window::{InFlight, Room, Window, lane_of};
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::{
-    BATCHES_IN_WRITER, LANES_MAX, STREAM_STALL, WINDOW_BYTES, WINDOW_MESSAGES, WINDOW_STREAM_BYTES,
-    WINDOW_STREAM_MESSAGES,
+    BATCHES_IN_WRITER, LANES_MAX, READ_BYTES_MAX, STREAM_STALL, WINDOW_BYTES, WINDOW_MESSAGES,
+    WINDOW_STREAM_BYTES, WINDOW_STREAM_MESSAGES,
 };
 use crate::wire::Piece;
 
@@ -135,8 +133,8 @@ pub struct Delivery<C> {
     /// Drops under way in the store: what is read before they are done does not count.
     holds: usize,
     wait: Wait,
-    /// The stream that last filled its share: reads are cut to what it can take.
-    bulk: Option<LaneId>,
+    /// Where the last batch was left, if not all of it could be admitted.
+    stopped_at: Option<C>,
     /// Sequences that the server expects next; a chunk beyond is flagged.
     expected: heapless::Vec<(AttemptKey, Stream, u64), WINDOW_MESSAGES>,
     /// This final is being reported over HTTP and must not go over the WebSocket meanwhile.
@@ -160,7 +158,7 @@ impl<C: Copy + Ord + Default> Default for Delivery<C> {
             batches_out: 0,
             holds: 0,
             wait: Wait::Nothing,
-            bulk: None,
+            stopped_at: None,
             expected: heapless::Vec::new(),
             withheld: None,
             passed_over: None,
@@ -179,7 +177,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         self.cursor = C::default();
         (self.at_end, self.dirty, self.stale) = (false, false, self.reading);
         (self.batches_out, self.wait) = (0, Wait::Nothing);
-        (self.bulk, self.passed_over) = (None, None);
+        (self.stopped_at, self.passed_over) = (None, None);
         self.expected.clear();
         self.actions.clear();
     }
@@ -253,15 +251,16 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         }
     }
 
-    /// What to read next, if there is room and something to read. The answer must come back
-    /// through [`Delivery::admit`].
+    /// [`super::Session::stopped_at`].
+    pub fn stopped_at(&self) -> Option<C> {
+        self.stopped_at
+    }
+
+    /// What to read next, if there is room and something to read; answered by [`Delivery::admit`].
     pub fn next_read(&mut self, now: Now) -> Option<ReadOrder<C>> {
         if !self.wants_to_read() || !self.room_returned(now) {
             return None;
         }
-        let bulk_bytes = self.bulk.map_or(0, |lane| self.window.used_by(lane).1);
-        let max_bytes = (WINDOW_BYTES - self.window.bytes().min(WINDOW_BYTES))
-            .min(WINDOW_STREAM_BYTES - bulk_bytes.min(WINDOW_STREAM_BYTES));
         let skip = self.lanes.iter().find_map(|lane| match lane.flow {
             Flow::Parked(_) => lane.id.stream.map(|stream| (lane.id.key, stream)),
             Flow::Open | Flow::Rewinding => None,
@@ -272,8 +271,8 @@ impl<C: Copy + Ord + Default> Delivery<C> {
         self.wait = Wait::Nothing;
         Some(ReadOrder {
             from: self.cursor,
-            max_messages: (WINDOW_MESSAGES - self.window.len()).max(1),
-            max_bytes: max_bytes.max(1),
+            max_messages: WINDOW_MESSAGES,
+            max_bytes: READ_BYTES_MAX,
             skip,
         })
     }
@@ -319,6 +318,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     ) -> Admission {
         let mut admission = Admission::new();
         self.reading = false;
+        self.stopped_at = None;
         if std::mem::take(&mut self.stale) || !self.active {
             // The news that this read was to bring has not been met.
             self.dirty = true;
@@ -337,6 +337,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
                     // been read before its turn.
                     let left = candidates.map(|(_, it)| it.at);
                     self.cursor = left.chain([candidate.at]).fold(next, C::min);
+                    self.stopped_at = Some(self.cursor);
                     self.at_end = false;
                     self.batches_out += usize::from(!admission.is_empty());
                     return admission;
@@ -369,7 +370,6 @@ impl<C: Copy + Ord + Default> Delivery<C> {
                 return Verdict::Stop;
             }
             Room::StreamFull => {
-                self.bulk = Some(id);
                 return self.wait_for_stream(id, candidate.at, candidate.bytes, now);
             }
         }

@@ -415,6 +415,12 @@ impl<C: Copy + Ord + Default> Session<C> {
         self.delivery.admit(candidates, next, at_end, now)
     }
 
+    /// Where the last batch was left, if there was no room for the rest of it. That is read next, unless
+    /// something comes between.
+    pub fn stopped_at(&self) -> Option<C> {
+        self.delivery.stopped_at()
+    }
+
     /// A batch of this connection has gone to the socket.
     pub fn transmitted(&mut self) {
         self.delivery.transmitted();
