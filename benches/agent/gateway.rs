@@ -62,6 +62,10 @@ pub struct State {
     pub finals: u64,
     /// The first breach of the protocol.
     pub wrong: Option<String>,
+    /// Whoever waits is told of output, too: woken for each chunk, on the processors that are measured.
+    pub tells_output: bool,
+    /// Something that is waited for may have happened.
+    has_news: bool,
     link: Option<Arc<Mutex<TcpStream>>>,
     deliveries: Vec<String>,
 }
@@ -100,6 +104,8 @@ impl Gateway {
                 active_at: None,
                 finals: 0,
                 wrong: None,
+                tells_output: false,
+                has_news: false,
                 link: None,
                 deliveries: Vec::new(),
             }),
@@ -361,6 +367,7 @@ fn session(
         filled += count;
         let mut at = 0;
         let mut begins = false;
+        let has_news;
         {
             let mut state = inner.lock();
             while let Some(frame) = frames::take(&mut buffer[at..filled]) {
@@ -381,6 +388,7 @@ fn session(
             } else {
                 acks.clear();
             }
+            has_news = std::mem::take(&mut state.has_news);
         }
         if !out.is_empty() {
             match &mut socket {
@@ -399,7 +407,9 @@ fn session(
             state.accepted_at = Some(accepted_at);
             state.active_at = Some(Instant::now());
         }
-        inner.changed.notify_all();
+        if begins || has_news {
+            inner.changed.notify_all();
+        }
         buffer.copy_within(at..filled, 0);
         filled -= at;
         if filled == buffer.len() {
@@ -426,6 +436,7 @@ fn handle(state: &mut State, frame: &Frame<'_>, acks: &mut Acks, out: &mut Vec<u
             let text = String::from_utf8_lossy(frame.payload);
             let shown: String = text.chars().take(300).collect();
             state.wrong.get_or_insert(format!("{why}: {shown}"));
+            state.has_news = true;
             false
         }
     }
@@ -441,6 +452,7 @@ fn read(state: &mut State, frame: &Frame<'_>, acks: &mut Acks) -> Result<Option<
         let name = head.attempt.to_owned();
         state.attempts.insert(name, Attempt::default());
     }
+    state.has_news |= state.tells_output || head.kind != "task.output";
     let attempt = state.attempts.get_mut(head.attempt).ok_or("no attempt")?;
     match head.kind {
         "task.received" | "task.lease_heartbeat" => {}

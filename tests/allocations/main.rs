@@ -80,6 +80,7 @@ fn a_chunk_allocates_only_its_share_of_a_read_and_an_acknowledgement() {
     {
         let mut state = gateway.state();
         state.acknowledges_every = CHUNKS_AN_ACKNOWLEDGEMENT;
+        state.tells_output = true;
         state.active_at = None;
         state.takes_sessions = true;
     }
