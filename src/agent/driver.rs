@@ -373,6 +373,17 @@ impl Driver {
         }
     }
 
+    /// Offers what was left of a batch, the first of which is at this place.
+    pub(super) fn take_in_hand(&mut self, rest: Rest, from: Cursor) {
+        // More may wait behind it by now.
+        self.take_batch(rest, false);
+        if self.session.stopped_at() == Some(from) {
+            // Not for want of room in the window: without the store's answer to wait for, the session
+            // would ask for it again and again, and nothing else would be taken in.
+            self.in_hand.void();
+        }
+    }
+
     /// Buffers are used again, unless a rare large message has blown them up.
     fn keep_buffers(&mut self, batch: Rc<outbox::Batch>) {
         let Some(outbox::Batch {

@@ -70,8 +70,7 @@ impl Driver {
             Effect::SendFinalAgain(ids) => self.send_final_again(ids),
             Effect::Read(order) => {
                 if let Some(rest) = self.in_hand.take(&order) {
-                    // More may wait behind it by now.
-                    return self.take_batch(rest, false);
+                    return self.take_in_hand(rest, order.from);
                 }
                 let (buffer, messages) = self.spare_buffers.pop().unwrap_or_default();
                 let request = ReadRequest {

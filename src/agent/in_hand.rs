@@ -26,9 +26,12 @@ pub struct Rest {
 pub struct InHand(Option<(Cursor, Rest)>);
 
 impl InHand {
-    /// Keeps what a batch has at this place and behind it. Nothing that waits may be between.
+    /// Keeps what a batch has at this place and behind it. Of one with finals that were read before
+    /// their turn nothing is kept: who reads on from this place must meet them.
     pub fn keep(&mut self, batch: &Rc<Batch>, from: Cursor, skip: Skip) {
-        let first = batch.messages.iter().position(|it| it.at == from);
+        let is_in_order = batch.messages.is_sorted_by_key(|it| it.at);
+        let at_place = || batch.messages.iter().position(|it| it.at == from);
+        let first = is_in_order.then(at_place).flatten();
         let batch = Rc::clone(batch);
         self.0 = first.map(|first| (from, Rest { batch, first, skip }));
     }
@@ -46,7 +49,7 @@ impl InHand {
         self.0 = None;
     }
 
-    /// The server has this: it must not be sent once more.
+    /// The server has this: it need not be sent once more.
     pub fn acknowledged(&mut self, ack: &Ack) {
         self.0.take_if(|(_, rest)| rest.has(ack));
     }
@@ -166,6 +169,15 @@ mod tests {
         in_hand.keep(&batch(&places), places[0], None);
         in_hand.void();
         assert!(in_hand.take(&order(places[0], None)).is_none(), "void");
+    }
+
+    /// A final that was read early stands in front, and behind the place from which is read on.
+    #[test]
+    fn of_a_batch_that_is_not_in_order_nothing_is_kept() {
+        let [first, second, third, fourth, last] = Cursor::some();
+        let mut in_hand = InHand::default();
+        in_hand.keep(&batch(&[fourth, first, second, third, last]), first, None);
+        assert!(in_hand.take(&order(first, None)).is_none());
     }
 
     #[test]

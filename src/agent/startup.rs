@@ -146,7 +146,8 @@ async fn start(config: Config, executor: Rc<LocalExecutor<'static>>) -> u8 {
         context.spawn(tell_returns(context.clone(), interfaces));
         Box::pin(serve(context, recovered, to_driver, begun)).await;
     }
-    drop(answers);
+    // The name of the socket is free before the lock is.
+    answers.cancel().await;
     host.close();
     store.close().await;
     info!("stopped");

@@ -230,6 +230,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
     /// Keeps one final from the WebSocket while it is reported, or lets it go again.
     pub fn withhold(&mut self, key: Option<AttemptKey>) {
         self.withheld = key;
+        self.stale |= self.reading && key.is_none(); // It may have been reported since.
         if key.is_none()
             && let Some(at) = self.passed_over.take()
         {
@@ -333,8 +334,7 @@ impl<C: Copy + Ord + Default> Delivery<C> {
                 }
                 Verdict::PassOver => {}
                 Verdict::Stop => {
-                    // What is left is read again, from the first place of it: this one may have
-                    // been read before its turn.
+                    // What is left is read again; this one may have been read before its turn.
                     let left = candidates.map(|(_, it)| it.at);
                     self.cursor = left.chain([candidate.at]).fold(next, C::min);
                     self.stopped_at = Some(self.cursor);

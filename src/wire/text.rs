@@ -59,7 +59,9 @@ pub(super) fn push_lossy(out: &mut Vec<u8>, bytes: &[u8]) {
     }
     out.push(b'"');
     for chunk in bytes.utf8_chunks() {
-        push_escaped(out, chunk.valid());
+        if !chunk.valid().is_empty() {
+            push_escaped(out, chunk.valid());
+        }
         if !chunk.invalid().is_empty() {
             out.extend_from_slice("\u{fffd}".as_bytes());
         }
@@ -80,11 +82,11 @@ pub(super) fn push_base64(out: &mut Vec<u8>, bytes: &[u8]) {
 
 /// Text is escaped this much at a time, into a buffer that has room for the worst of it.
 const PIECE_BYTES: usize = 1024;
+/// A name, or what is text between bytes that are none: not worth a large buffer.
+const SHORT_BYTES: usize = 64;
 /// `\u001f`.
 const ESCAPE_BYTES_MAX: usize = 6;
 const WORD_BYTES: usize = 8;
-const ESCAPED_BYTES: usize = ESCAPE_BYTES_MAX * PIECE_BYTES + WORD_BYTES;
-type Escaped = [u8; ESCAPED_BYTES];
 
 /// How each byte is escaped: the letter behind the backslash, [`PLAIN`] or [`HEX`].
 static LETTERS: [u8; 256] = {
@@ -107,7 +109,12 @@ const PLAIN: u8 = 0;
 const HEX: u8 = b'u';
 
 fn push_escaped(out: &mut Vec<u8>, text: &str) {
-    let mut escaped = [0; ESCAPED_BYTES];
+    if text.len() <= SHORT_BYTES {
+        let mut escaped = [0; ESCAPE_BYTES_MAX * SHORT_BYTES + WORD_BYTES];
+        let length = escape(&mut escaped, text.as_bytes());
+        return out.extend_from_slice(&escaped[..length]);
+    }
+    let mut escaped = [0; ESCAPE_BYTES_MAX * PIECE_BYTES + WORD_BYTES];
     for piece in text.as_bytes().chunks(PIECE_BYTES) {
         let length = escape(&mut escaped, piece);
         out.extend_from_slice(&escaped[..length]);
@@ -120,7 +127,7 @@ fn push_escaped(out: &mut Vec<u8>, text: &str) {
 /// Whole words in and out, helpers that are inlined, and the rare long escape apart: the release
 /// build is optimised for size, and would call a function for each short slice (0.5 GiB/s instead of
 /// 1.8).
-fn escape(out: &mut Escaped, piece: &[u8]) -> usize {
+fn escape<const N: usize>(out: &mut [u8; N], piece: &[u8]) -> usize {
     let mut length = 0;
     let mut rest = piece;
     while let Some((word, behind)) = rest.split_first_chunk::<WORD_BYTES>() {
@@ -149,7 +156,7 @@ fn escape(out: &mut Escaped, piece: &[u8]) -> usize {
 
 /// Writes the escape of a byte that has one and gives its length.
 #[inline(always)]
-fn put_escape(out: &mut Escaped, at: usize, byte: u8) -> usize {
+fn put_escape<const N: usize>(out: &mut [u8; N], at: usize, byte: u8) -> usize {
     match LETTERS[usize::from(byte)] {
         HEX => put_hex(out, at, byte),
         letter => put(out, at, [b'\\', letter]),
@@ -159,7 +166,7 @@ fn put_escape(out: &mut Escaped, at: usize, byte: u8) -> usize {
 /// A call of its own: where the next byte goes does not wait for the table.
 #[cold]
 #[inline(never)]
-fn put_hex(out: &mut Escaped, at: usize, byte: u8) -> usize {
+fn put_hex<const N: usize>(out: &mut [u8; N], at: usize, byte: u8) -> usize {
     let digit = |value: u8| b"0123456789abcdef"[usize::from(value)];
     let (high, low) = (digit(byte >> 4), digit(byte & 0xf));
     put(out, at, [b'\\', b'u', b'0', b'0', high, low])
@@ -167,10 +174,10 @@ fn put_hex(out: &mut Escaped, at: usize, byte: u8) -> usize {
 
 /// Gives how many bytes it has written.
 #[inline(always)]
-fn put<const N: usize>(out: &mut Escaped, at: usize, bytes: [u8; N]) -> usize {
-    let place = out[at..].first_chunk_mut::<N>();
+fn put<const N: usize, const M: usize>(out: &mut [u8; N], at: usize, bytes: [u8; M]) -> usize {
+    let place = out[at..].first_chunk_mut::<M>();
     *place.expect("behind what a piece may become there is room for a word") = bytes;
-    N
+    M
 }
 
 /// The high bit of the first byte that a JSON string cannot hold as it is; of later ones it may be
