@@ -124,9 +124,6 @@ impl Capture<'_> {
                 && threshold == CHUNK_BYTES_MAX
                 && left_over.is_none()
                 && self.room.get() >= (CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX) as u64;
-            if in_burst {
-                filling.reserve();
-            }
             let count = match filling
                 .read(pipe.get_ref(), threshold, in_burst, tail)
                 .await?
@@ -152,7 +149,7 @@ impl Capture<'_> {
             self.room.set(room.saturating_sub(count as u64));
             if count as u64 > room {
                 let kept = usize::try_from(room).unwrap_or(count);
-                filling.take_in(kept, CHUNK_BYTES_MAX).await;
+                filling.take_in(kept, threshold).await;
                 filling.end_on_a_character();
                 filling.flush().await;
                 self.drain(&pipe, tail).await?;

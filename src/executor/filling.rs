@@ -35,9 +35,6 @@ impl<P: AsFd> PipeReader<P> {
     }
 }
 
-/// Where one read puts its bytes.
-type Rooms<'a> = heapless::Vec<IoSliceMut<'a>, CHUNKS_WAITING_MAX>;
-
 /// The buffer that is being filled, and the way to others.
 pub(super) struct Filling {
     /// Always of full length; the first `filled` bytes count.
@@ -68,23 +65,19 @@ impl Filling {
         self.filled = self.complete();
     }
 
-    /// Where the next bytes go: up to the threshold, and at least one byte; then what is reserved,
-    /// if that is wanted.
-    async fn rooms(&mut self, threshold: usize, with_reserved: bool) -> Rooms<'_> {
+    /// Up to where the current buffer is filled: the threshold, and at least one byte more.
+    fn end(&self, threshold: usize) -> usize {
+        threshold.max(self.filled + 1).min(CHUNK_BYTES_MAX)
+    }
+
+    async fn ensure_buffer(&mut self) {
         if self.buffer.is_none() {
-            let buffer = self.take_buffer().await;
-            self.buffer = Some(buffer);
+            self.buffer = Some(self.take_buffer().await);
         }
-        let end = threshold.max(self.filled + 1).min(CHUNK_BYTES_MAX);
-        let current = self.buffer.iter_mut().map(|it| &mut it[self.filled..end]);
-        let reserved = self.reserved.iter_mut().map(|it| &mut it[..]);
-        let rooms = current.chain(reserved).map(IoSliceMut::new);
-        let most = if with_reserved { CHUNKS_WAITING_MAX } else { 1 };
-        rooms.take(most).collect()
     }
 
     /// Takes as many buffers as one read may fill beside the current one.
-    pub fn reserve(&mut self) {
+    fn reserve(&mut self) {
         while !self.reserved.is_full()
             && let Some(buffer) = self.free_buffer()
         {
@@ -93,15 +86,25 @@ impl Filling {
         }
     }
 
-    /// Reads once, what there is. What is read is to be taken in: [`Filling::take_in`].
+    /// Reads once, what there is, in a burst into several buffers. What is read is to be taken in:
+    /// [`Filling::take_in`].
     pub async fn read<P: AsFd>(
         &mut self,
         pipe: &PipeReader<P>,
         threshold: usize,
-        with_reserved: bool,
+        in_burst: bool,
         tail: &mut TailRing,
     ) -> io::Result<Taken> {
-        let mut rooms = self.rooms(threshold, with_reserved).await;
+        self.ensure_buffer().await;
+        if in_burst {
+            self.reserve();
+        }
+        let (begin, end) = (self.filled, self.end(threshold));
+        let current = self.buffer.iter_mut().map(|it| &mut it[begin..end]);
+        let reserved = self.reserved.iter_mut().map(|it| &mut it[..]);
+        let most = if in_burst { CHUNKS_WAITING_MAX } else { 1 };
+        let rooms = current.chain(reserved).map(IoSliceMut::new).take(most);
+        let mut rooms: heapless::Vec<_, CHUNKS_WAITING_MAX> = rooms.collect();
         let room: usize = rooms.iter().map(|room| room.len()).sum();
         let count = loop {
             match pipe.read_now(&mut rooms) {
@@ -131,8 +134,7 @@ impl Filling {
 
     /// So many bytes were read. What is full goes; whether anything has gone.
     pub async fn take_in(&mut self, count: usize, threshold: usize) -> bool {
-        let end = threshold.max(self.filled + 1).min(CHUNK_BYTES_MAX);
-        let first = count.min(end - self.filled);
+        let first = count.min(self.end(threshold) - self.filled);
         self.filled += first;
         let mut rest = count - first;
         // Apart from those that are empty.
@@ -176,9 +178,7 @@ impl Filling {
                 return;
             }
             self.flush().await;
-            if self.buffer.is_none() {
-                self.buffer = Some(self.take_buffer().await);
-            }
+            self.ensure_buffer().await;
         }
     }
 
