@@ -26,7 +26,7 @@ impl fmt::Display for Timestamp {
         let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
         let fraction = millis % 1000;
         let mut text = *b"0000-00-00T00:00:00.000Z";
-        // Each chunk of output has one: written by hand it costs a fifth.
+        // Each chunk of output has one: written by hand it needs no formatter for each part.
         let mut put = |end: usize, digits: usize, mut value: u64| {
             for place in text[end - digits..end].iter_mut().rev() {
                 *place = b'0' + (value % 10) as u8;
