@@ -195,7 +195,7 @@ impl Tester {
         self.engine.as_mut().expect("the store is open")
     }
 
-    fn ask<T>(&mut self, send: impl FnOnce(&mut Engine, async_channel::Sender<T>)) -> T {
+    pub fn ask<T>(&mut self, send: impl FnOnce(&mut Engine, async_channel::Sender<T>)) -> T {
         let (reply, answer): (_, Answer<T>) = async_channel::bounded(1);
         send(self.engine(), reply);
         self.engine().commit();

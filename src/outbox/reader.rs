@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::engine::{Engine, io_error};
 use super::record::Record;
-use super::segment::{After, HEADER_BYTES, SegmentReader};
+use super::segment::{HEADER_BYTES, SegmentReader};
 use super::types::*;
 use crate::ids::{AttemptKey, Stream};
 use crate::limits::READ_BYTES_MAX;
@@ -64,6 +64,9 @@ impl Engine {
                     break;
                 }
                 batch.next = Cursor::unit(generation + 1, HEADER_BYTES);
+                let has_room =
+                    batch.messages.len() < max_messages && batch.buffer.len() < max_bytes;
+                full = !has_room && !batch.messages.is_empty();
             }
         }
         batch
@@ -98,29 +101,34 @@ impl Engine {
             max_messages.saturating_sub(batch.messages.len()),
             max_bytes.saturating_sub(batch.buffer.len()),
         );
+        let is_full = |batch: &Batch, bytes: usize| {
+            let no_room = !batch.messages.is_empty() && batch.buffer.len() + bytes > max_bytes;
+            batch.messages.len() >= max_messages || no_room
+        };
         let mut place = batch.next;
-        let mut full = false;
-        while let Some((offset, after)) = reader.next_record(place, end) {
-            let next = match after {
-                After::Record(byte) => Cursor::record(generation, byte),
-                After::Unit(byte) => Cursor::unit(generation, byte),
+        let full = loop {
+            // Asked first: what has no room lies behind the window, and would be read for nothing.
+            let bytes = reader.next_body_bytes(place, end);
+            if bytes.is_some_and(|bytes| is_full(batch, bytes)) {
+                break true;
+            }
+            let Some((offset, head, after)) = reader.next_record(place, end) else {
+                break false;
             };
             let here = Cursor::record(generation, offset);
-            if let Some((head, body)) = reader.record_at(offset, end)
+            if let Some(body) = reader.body(offset, &head, end)
                 && let Some(record) = Record::decode(&head, body)
                 && let Some(message) = self.message(here, head.key, &record, skip)
                 && !self.ahead.has_just_given(&message)
             {
-                let bytes = head.body_bytes as usize;
-                let no_room = !batch.messages.is_empty() && batch.buffer.len() + bytes > max_bytes;
-                if batch.messages.len() >= max_messages || no_room {
-                    full = true;
-                    break;
+                // Where something is damaged it is not the record that was asked about.
+                if is_full(batch, body.len()) {
+                    break true;
                 }
                 push_message(batch, message, &record);
             }
-            place = next;
-        }
+            place = after.cursor(generation);
+        };
         if full {
             batch.next = place;
         } else {
@@ -227,9 +235,9 @@ impl Engine {
             };
             let mut place = Cursor::unit(generation, span.unit_offset);
             let mut reader = self.take_reader(at)?;
-            while let Some((offset, after)) = reader.next_record(place, end) {
-                if let Some((head, body)) = reader.record_at(offset, end)
-                    && head.key == key
+            while let Some((offset, head, after)) = reader.next_record(place, end) {
+                if head.key == key
+                    && let Some(body) = reader.body(offset, &head, end)
                     && let Some(Record::Output {
                         stream: other,
                         sequence,
@@ -242,10 +250,7 @@ impl Engine {
                     self.reading = Some((generation, reader));
                     return Some(Cursor::record(generation, offset));
                 }
-                place = match after {
-                    After::Record(byte) => Cursor::record(generation, byte),
-                    After::Unit(byte) => Cursor::unit(generation, byte),
-                };
+                place = after.cursor(generation);
             }
             self.reading = Some((generation, reader));
         }

@@ -6,6 +6,9 @@ use super::model::{Tester, command, ids};
 use super::sim::{Fault, KEEPS, Keep, Random};
 use super::types::*;
 use crate::ids::Stream;
+use crate::limits::{
+    CHUNK_BYTES_MAX, Chunk, ChunkBatch, ChunkBuffer, READ_BYTES_MAX, WINDOW_MESSAGES,
+};
 
 const OUT: Stream = Stream::Stdout;
 
@@ -500,4 +503,38 @@ fn a_final_that_was_reported_first_is_stored_as_such_or_not_at_all() {
         stored > 0 && refused > 0,
         "{stored} stored, {refused} refused"
     );
+}
+
+/// A batch ends before a chunk that has no room in it. All of that chunk's unit was read to find this
+/// out, and once more by the next read.
+#[test]
+fn what_has_no_room_in_a_batch_is_not_read() {
+    let mut tester = Tester::new(64 << 20);
+    let number = tester.receive();
+    tester.start(number);
+    let key = ids(number).key();
+    let units = 6;
+    for unit in 0..units {
+        let full = || Chunk::new(ChunkBuffer::from_slice(&[b'x'; CHUNK_BYTES_MAX]).expect("fits"));
+        let batch: ChunkBatch = std::iter::repeat_with(full).take(8).collect();
+        let first = 8 * unit + 1;
+        let answer = tester.ask(|engine, reply| engine.append(key, OUT, first, batch, reply));
+        assert!(answer.is_ok());
+    }
+    let mut from = Cursor::START;
+    for unit in 0..units {
+        let before = tester.disk.bytes_read();
+        let batch = tester.engine().read(ReadRequest {
+            from,
+            max_messages: WINDOW_MESSAGES,
+            max_bytes: READ_BYTES_MAX,
+            ..ReadRequest::default()
+        });
+        let read = tester.disk.bytes_read() - before;
+        assert_eq!(batch.buffer.len(), READ_BYTES_MAX, "unit {unit}");
+        // With the heads, and what else stands at the begin of the log.
+        let bound = READ_BYTES_MAX + 16 * 1024;
+        assert!(read <= bound as u64, "unit {unit}: {read} bytes were read");
+        from = batch.next;
+    }
 }

@@ -274,14 +274,34 @@ impl SegmentReader {
         None
     }
 
+    /// Where the next record begins if nothing is damaged: here or in the next unit.
+    fn next_place(&mut self, from: Cursor, end: u64) -> Option<Cursor> {
+        if from.is_record() {
+            return Some(from);
+        }
+        let (unit_at, _) = self.find_unit(from.byte(), end)?;
+        let first = unit_at + UNIT_HEAD_BYTES as u64;
+        Some(Cursor::record(from.generation, first))
+    }
+
+    /// How long the body of the next record is said to be; whether it is one is not known yet.
+    pub fn next_body_bytes(&mut self, from: Cursor, end: u64) -> Option<usize> {
+        let at = self.next_place(from, end)?.byte();
+        let head = RecordHead::decode(self.bytes(at, RECORD_HEAD_BYTES, end)?)?;
+        usize::try_from(head.body_bytes).ok()
+    }
+
+    /// The body of a record that [`SegmentReader::next_record`] has just given.
+    pub fn body(&mut self, offset: u64, head: &RecordHead, limit: u64) -> Option<&[u8]> {
+        let body_at = offset + RECORD_HEAD_BYTES as u64;
+        self.bytes(body_at, usize::try_from(head.body_bytes).ok()?, limit)
+    }
+
     /// The next good record from a cursor on, and what follows it. What cannot be read is passed over.
-    pub fn next_record(&mut self, from: Cursor, end: u64) -> Option<(u64, After)> {
+    pub fn next_record(&mut self, from: Cursor, end: u64) -> Option<(u64, RecordHead, After)> {
         let mut place = from;
         loop {
-            if !place.is_record() {
-                let (unit_at, _) = self.find_unit(place.byte(), end)?;
-                place = Cursor::record(place.generation, unit_at + UNIT_HEAD_BYTES as u64);
-            }
+            place = self.next_place(place, end)?;
             let at = place.byte();
             if let Some((head, _)) = self.record_at(at, end) {
                 let behind = at + head.bytes();
@@ -289,7 +309,7 @@ impl SegmentReader {
                     true => After::Unit(behind.next_multiple_of(SECTOR_BYTES as u64)),
                     false => After::Record(behind),
                 };
-                return Some((at, after));
+                return Some((at, head, after));
             }
             let behind = match self.bytes(at, RECORD_HEAD_BYTES, end) {
                 Some(bytes) => RecordHead::decode(bytes).map(|head| at + head.bytes()),
@@ -309,4 +329,13 @@ impl SegmentReader {
 pub(super) enum After {
     Record(u64),
     Unit(u64),
+}
+
+impl After {
+    pub fn cursor(self, generation: u64) -> Cursor {
+        match self {
+            After::Record(byte) => Cursor::record(generation, byte),
+            After::Unit(byte) => Cursor::unit(generation, byte),
+        }
+    }
 }

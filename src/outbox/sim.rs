@@ -170,6 +170,7 @@ struct World {
     durable_dir: BTreeMap<String, usize>,
     index: Vec<(AttemptKey, Entry)>,
     calls: u64,
+    bytes_read: u64,
     fault: Option<(u64, Fault)>,
     bad_file: Option<usize>,
     early_units: u64,
@@ -211,6 +212,11 @@ impl SimDisk {
 
     pub fn calls(&self) -> u64 {
         self.world().calls
+    }
+
+    /// Bytes that were ever read.
+    pub fn bytes_read(&self) -> u64 {
+        self.world().bytes_read
     }
 
     /// The fault comes at the n-th call from now on.
@@ -362,6 +368,7 @@ impl SimDisk {
             durable_dir: world.durable_dir.clone(),
             index: world.index.clone(),
             calls: world.calls,
+            bytes_read: world.bytes_read,
             fault: None,
             bad_file: world.bad_file,
             early_units: world.early_units,
@@ -436,11 +443,12 @@ impl DiskFile for SimFile {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
-        let world = self.0.world();
+        let mut world = self.0.world();
         let bytes = &world.files[self.1].written;
         let from = (offset as usize).min(bytes.len());
         let n = buffer.len().min(bytes.len() - from);
         buffer[..n].copy_from_slice(&bytes[from..from + n]);
+        world.bytes_read += n as u64;
         Ok(n)
     }
 
