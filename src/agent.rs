@@ -5,6 +5,7 @@
 //! - [`effects`]: what the session wants done, as tasks on the executor.
 //! - [`connection`]: one WebSocket connection and its frames.
 //! - [`in_hand`]: what was read and found no room yet.
+//! - [`pace`]: output that is stored far ahead of what is sent waits a moment.
 //! - [`task_host`]: what tasks run in, and what is left of old ones.
 //! - [`task`]: one attempt from "about to start" to its stored final.
 //! - [`report`]: finals over HTTP.
@@ -27,6 +28,7 @@ mod in_hand;
 pub mod lock;
 mod notify;
 mod outside;
+mod pace;
 mod report;
 #[cfg(test)]
 mod simulation;
@@ -67,6 +69,8 @@ struct Context {
     inputs: async_channel::Sender<Input>,
     /// A session is active: somebody watches.
     watched: Rc<Cell<bool>>,
+    /// Between what tasks print and what the session reads.
+    pace: pace::Pace,
     notifier: Rc<notify::Notifier>,
     clock_floor: Rc<clock_floor::ClockFloor>,
     /// The agent has been told to stop.

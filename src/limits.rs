@@ -36,6 +36,13 @@ pub type Chunk = Box<ChunkBuffer>;
 /// Consecutive chunks of one stream that are committed together.
 pub type ChunkBatch = heapless::Vec<Chunk, CHUNKS_WAITING_MAX>;
 
+/// Output that is stored so far ahead of what the session has read waits for its next read: what is
+/// nearer is still in memory …
+pub const PACE_BYTES: u64 = (UNITS_IN_MEMORY * READ_BYTES_MAX) as u64;
+/// … but only if the last read is not longer ago, and no longer: a child is held up where the session
+/// reads more than 64 MB/s, and nowhere by more than this for each of its reads.
+pub const PACE_PATIENCE: Duration = Duration::from_millis(2);
+
 /// While no session is active nobody watches, and flash wears: flush this seldom.
 pub const FLUSH_INTERVAL_OFFLINE: Duration = Duration::from_secs(1);
 
@@ -234,8 +241,9 @@ pub const CONTROL_LANE_FRAMES: usize = TASK_QUEUE_MAX + 64;
 pub const DATA_LANE_FRAMES: usize = 4;
 /// A frame's buffer that a rare large message has blown up beyond this is not used again.
 pub const SPENT_FRAME_BYTES_MAX: usize = 6 * CHUNK_BYTES_MAX;
-/// The write loop masks frames into one buffer of this size and writes it when it is full.
-pub const WRITE_BUFFER_BYTES: usize = 64 * KIB;
+/// The write loop masks frames into one buffer of this size and writes it when it is full. Half a
+/// stream's window returns at once: its chunks, with their heads and some escapes, go in one write.
+pub const WRITE_BUFFER_BYTES: usize = 76 * KIB;
 /// The largest frame that the agent can send is a final: two texts, each byte of which JSON may
 /// write as six, and the envelope.
 pub const WRITE_BUFFER_BYTES_MAX: usize =
@@ -274,6 +282,8 @@ pub const STATE_FILE_BYTES_MAX: usize = 64 * KIB;
 /// A log segment; smaller where the cap asks for it. Four full batches of chunks with their heads:
 /// a segment of 256 KiB would hold one and waste the rest.
 pub const SEGMENT_BYTES: usize = 520 * KIB;
+/// The last commits stay in memory, where live output is read: while one is read, the next is made.
+pub const UNITS_IN_MEMORY: usize = 2;
 /// A store has no more segments than this: beyond it they become longer, since memory holds a
 /// summary of each.
 pub const SEGMENTS_MAX: u64 = 4096;
@@ -372,7 +382,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              one look at PROCESSES_SEEN_MAX processes, while something is ended            640 KiB
 //   outbox     one commit: all streams' waiting chunks                                    1,024 KiB
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
-//              the one before it, from which live output is read                          1,024 KiB
+//              the UNITS_IN_MEMORY before it, from which live output is read              2,048 KiB
 //              one segment read for replay                                                  520 KiB
 //   session    in flight: names only; batches of READ_BYTES_MAX: BATCHES_IN_WRITER, one in
 //              hand, one that is being read                                                 512 KiB
@@ -380,7 +390,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              escape                                                                       576 KiB
 //              ANSWERS_IN_WRITER finals with two texts, six times that if JSON must escape  512 KiB
 //              one inbound message, raw and decoded                                       2,048 KiB
-//              write buffer and read buffers                                                 96 KiB
+//              write buffer and read buffers                                                108 KiB
 //
 // One CPU-bound device runs one task (the default concurrency) and needs a quarter of the first
 // three lines.
@@ -388,6 +398,7 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 const _: () = {
     assert!(WINDOW_STREAM_BYTES >= CHUNK_BYTES_MAX);
     assert!(WINDOW_STREAM_MESSAGES >= CHUNKS_WAITING_MAX);
+    assert!(WRITE_BUFFER_BYTES > WINDOW_STREAM_BYTES / 2);
     assert!(CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX <= SEGMENT_BYTES);
     assert!(SEGMENT_BYTES as u64 * SEGMENTS_MIN <= SPOOL_CAP_BYTES_DEFAULT);
     assert!(SEGMENT_BYTES.is_multiple_of(SECTOR_BYTES));

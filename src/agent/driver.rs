@@ -261,6 +261,8 @@ impl Driver {
             Input::Batch(batch, skip) => {
                 let (batch, first) = (Rc::new(*batch), 0);
                 let at_end = batch.at_end;
+                let context = &self.context;
+                context.pace.read(batch.behind_bytes, &context.clock);
                 self.take_batch(Rest { batch, first, skip }, at_end);
             }
             Input::Located(key, stream, from, at) => {

@@ -15,6 +15,7 @@ use super::clock_floor::ClockFloor;
 use super::driver::{Driver, Input, queued_tasks};
 use super::lock::{self, LockError};
 use super::notify::Notifier;
+use super::pace::Pace;
 use super::status::{self, Status};
 use super::{Context, boot_time, task_host};
 use crate::config::Config;
@@ -287,6 +288,7 @@ impl Parts {
             signer,
             inputs: self.inputs,
             watched: Rc::new(Cell::new(false)),
+            pace: Pace::default(),
             notifier: self.notifier,
             clock_floor: self.clock_floor,
             stopping: Cell::new(false),

@@ -322,6 +322,8 @@ impl OutputStore for TaskStore<'_> {
                 if self.waits.replace(false) {
                     info!("task {}: its output is stored again", self.ids);
                 }
+                let bytes = buffers.iter().map(|buffer| buffer.len()).sum();
+                self.context.pace.stored(bytes, &self.context.clock).await;
                 Ok(buffers)
             }
             Err((batch, error)) => match error {

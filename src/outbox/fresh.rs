@@ -4,11 +4,18 @@ use std::ops::Range;
 
 use super::segment::SegmentReader;
 use super::unit::{UNIT_BUFFER_KEPT_BYTES, UnitBuffer, unit_bytes};
+use crate::limits::UNITS_IN_MEMORY;
 
-/// The last unit of facts that was committed. It stays as it is, whatever becomes of the log: a place
-/// in a segment is written once.
+/// The last units of facts that were committed. They stay as they are, whatever becomes of the log: a
+/// place in a segment is written once.
 #[derive(Default)]
 pub(super) struct Fresh {
+    /// The newest first.
+    units: [FreshUnit; UNITS_IN_MEMORY],
+}
+
+#[derive(Default)]
+struct FreshUnit {
     generation: u64,
     /// Where in the segment it is.
     place: Range<u64>,
@@ -16,40 +23,49 @@ pub(super) struct Fresh {
 }
 
 impl Fresh {
+    /// Keeps what was sealed in this buffer, and gives it that of the oldest unit.
     pub fn keep(&mut self, unit: &mut UnitBuffer, generation: u64, offset: u64) {
-        self.generation = generation;
-        self.place = offset..offset + unit_bytes(unit.records_bytes());
-        unit.clear_into(&mut self.bytes);
-        if self.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
-            *self = Fresh::default();
+        self.units.rotate_right(1);
+        let newest = &mut self.units[0];
+        newest.generation = generation;
+        newest.place = offset..offset + unit_bytes(unit.records_bytes());
+        unit.clear_into(&mut newest.bytes);
+        if newest.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
+            *newest = FreshUnit::default();
         }
     }
 
-    pub fn holds(&self, generation: u64, byte: u64) -> bool {
-        self.generation == generation && self.place.contains(&byte)
+    /// Which unit has this place.
+    pub fn position(&self, generation: u64, byte: u64) -> Option<usize> {
+        let has = |unit: &FreshUnit| unit.generation == generation && unit.place.contains(&byte);
+        self.units.iter().position(has)
     }
 
-    /// Where it begins, if that is behind this place in the same segment.
+    /// Where the first of them begins that is behind this place in the same segment.
     pub fn begin_behind(&self, generation: u64, byte: u64) -> Option<u64> {
-        let begin = self.place.start;
-        (self.generation == generation && begin > byte).then_some(begin)
+        let is_behind =
+            |unit: &&FreshUnit| unit.generation == generation && unit.place.start > byte;
+        let behind = self.units.iter().filter(is_behind);
+        behind.map(|unit| unit.place.start).min()
     }
 
-    /// A reader of it, and where it ends. To be given back.
-    pub fn lend(&mut self, seed: u32) -> (SegmentReader, u64) {
-        let bytes = std::mem::take(&mut self.bytes);
-        let reader = SegmentReader::of_bytes(bytes, self.place.start, seed);
-        (reader, self.place.end)
+    /// A reader of one of them, and where that ends. To be given back.
+    pub fn lend(&mut self, position: usize, seed: u32) -> (SegmentReader, u64) {
+        let unit = &mut self.units[position];
+        let bytes = std::mem::take(&mut unit.bytes);
+        let reader = SegmentReader::of_bytes(bytes, unit.place.start, seed);
+        (reader, unit.place.end)
     }
 
-    pub fn give_back(&mut self, reader: SegmentReader) {
-        self.bytes = reader.into_bytes();
+    pub fn give_back(&mut self, position: usize, reader: SegmentReader) {
+        self.units[position].bytes = reader.into_bytes();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use crate::ids::Stream;
+    use crate::limits::UNITS_IN_MEMORY;
     use crate::outbox::model::{Tester, content};
     use crate::outbox::types::{Body, Cursor, ReadRequest};
 
@@ -75,25 +91,26 @@ mod tests {
     }
 
     #[test]
-    fn the_last_unit_is_read_without_the_disk() {
+    fn the_last_units_are_read_without_the_disk() {
         let mut tester = Tester::new(1 << 20);
         let number = tester.receive();
         tester.start(number);
         tester.append(number, OUT, 2);
         let (found, follows) = read(&mut tester, number, Cursor::START);
         assert_eq!(found, [1, 2]);
-        tester.append(number, OUT, 2);
-        tester.append(number, OUT, 2);
-        assert_eq!(read(&mut tester, number, follows).0, [3, 4, 5, 6]);
-        let all = read(&mut tester, number, Cursor::START).0;
-        assert_eq!(all, [1, 2, 3, 4, 5, 6], "from the disk and from memory");
-
+        for _ in 0..UNITS_IN_MEMORY + 1 {
+            tester.append(number, OUT, 2);
+        }
+        let all = [3, 4, 5, 6, 7, 8];
+        assert_eq!(read(&mut tester, number, follows).0, all);
         for name in tester.disk.names() {
             let zeros = vec![0; tester.disk.contents(&name).len()];
             tester.disk.overwrite(&name, zeros);
         }
-        assert_eq!(read(&mut tester, number, follows).0, [5, 6]);
-        let left = read(&mut tester, number, Cursor::START).0;
-        assert_eq!(left, [5, 6], "what is on the disk alone is lost");
+        let (left, end) = read(&mut tester, number, follows);
+        assert_eq!(left, all[2..], "what is on the disk alone is lost");
+        assert!(read(&mut tester, number, end).0.is_empty());
+        let again = read(&mut tester, number, Cursor::START).0;
+        assert!(again.is_empty(), "who reads everything reads the disk");
     }
 }

@@ -8,6 +8,7 @@ use std::io;
 
 use super::disk::{Disk, DiskFile};
 use super::segment::{HEADER_BYTES, Header, SegmentReader};
+use super::types::Cursor;
 use super::unit::{PAGE_BYTES, UnitBuffer, UnitPlace, unit_bytes};
 use crate::ids::{AttemptKey, Incarnation, Stream};
 
@@ -166,6 +167,17 @@ impl Log {
         let segments = self.segments.iter().map(|segment| segment.header.capacity);
         let leftovers = self.leftovers.iter().map(|(_, bytes)| bytes);
         segments.sum::<u64>() + leftovers.sum::<u64>()
+    }
+
+    /// Bytes behind a place, up to the confirmed end.
+    pub fn bytes_behind(&self, place: Cursor) -> u64 {
+        let newest = self.segments.iter().rev();
+        let behind = newest.take_while(|it| it.generation() >= place.generation);
+        let bytes = behind.map(|it| match it.generation() == place.generation {
+            true => it.end.saturating_sub(place.byte()),
+            false => it.end,
+        });
+        bytes.sum()
     }
 
     /// Bytes of records that the next unit may have if it is to go into a segment of standard

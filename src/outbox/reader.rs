@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::engine::{Engine, io_error};
+use super::fresh::Fresh;
 use super::record::Record;
 use super::segment::{HEADER_BYTES, SegmentReader};
 use super::types::*;
@@ -24,6 +25,10 @@ impl Engine {
             mut messages,
         } = request;
         buffer.clear();
+        if from == Cursor::START {
+            // Who reads everything needs the memory for that.
+            self.fresh = Fresh::default();
+        }
         // At once and no more: a buffer that grows step by step becomes too large to be used again.
         buffer.reserve_exact(max_bytes.min(READ_BYTES_MAX));
         messages.clear();
@@ -31,6 +36,7 @@ impl Engine {
             messages,
             buffer,
             next: from,
+            behind_bytes: 0,
             at_end: false,
         };
         self.read_ahead(max_messages, max_bytes, skip, &mut batch);
@@ -69,6 +75,7 @@ impl Engine {
                 full = !has_room && !batch.messages.is_empty();
             }
         }
+        batch.behind_bytes = self.log.bytes_behind(batch.next);
         batch
     }
 
@@ -85,9 +92,9 @@ impl Engine {
         let segment = &self.log.segments[at];
         let (generation, seed) = (segment.generation(), segment.header.seed());
         let (from, end) = (batch.next.byte(), segment.end);
-        let is_fresh = self.fresh.holds(generation, from);
-        let (reader, end) = if is_fresh {
-            let (reader, end) = self.fresh.lend(seed);
+        let fresh = self.fresh.position(generation, from);
+        let (reader, end) = if let Some(position) = fresh {
+            let (reader, end) = self.fresh.lend(position, seed);
             (Some(reader), end)
         } else {
             let begin = self.fresh.begin_behind(generation, from);
@@ -134,8 +141,8 @@ impl Engine {
         } else {
             batch.next = Cursor::unit(generation, end);
         }
-        if is_fresh {
-            self.fresh.give_back(reader);
+        if let Some(position) = fresh {
+            self.fresh.give_back(position, reader);
         } else {
             reader.shrink();
             self.reading = Some((generation, reader));

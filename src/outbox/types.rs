@@ -213,6 +213,7 @@ impl ReadRequest {
             messages: self.messages,
             buffer: self.buffer,
             next: self.from,
+            behind_bytes: 0,
             at_end: true,
         }
     }
@@ -227,6 +228,8 @@ pub struct Batch {
     pub buffer: Vec<u8>,
     /// Where to read on.
     pub next: Cursor,
+    /// Bytes of the log behind `next`, whatever they hold.
+    pub behind_bytes: u64,
     /// Nothing was waiting behind `next` when this was read.
     pub at_end: bool,
 }

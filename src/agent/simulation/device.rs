@@ -18,6 +18,7 @@ use crate::agent::clock::Clock;
 use crate::agent::clock_floor::ClockFloor;
 use crate::agent::driver::{Driver, Input, queued_tasks};
 use crate::agent::notify::Notifier;
+use crate::agent::pace::Pace;
 use crate::agent::startup::session_settings;
 use crate::config::{self, Config};
 use crate::executor::host::Host;
@@ -196,6 +197,7 @@ impl Device {
                 signer: props.signer.clone(),
                 inputs: inputs.clone(),
                 watched: Rc::new(Cell::new(false)),
+                pace: Pace::default(),
                 notifier: props.notifier.clone(),
                 clock_floor: props.clock_floor.clone(),
                 stopping: Cell::new(false),
