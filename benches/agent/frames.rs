@@ -48,8 +48,14 @@ pub fn take(buffer: &mut [u8]) -> Option<Frame<'_>> {
 }
 
 fn unmask(bytes: &mut [u8], mask: [u8; 4], offset: usize) {
-    for (at, byte) in bytes.iter_mut().enumerate() {
-        *byte ^= mask[(offset + at) % 4];
+    let mut key = mask;
+    key.rotate_left(offset % 4);
+    let (words, rest) = bytes.as_chunks_mut();
+    for word in words {
+        *word = (u32::from_ne_bytes(*word) ^ u32::from_ne_bytes(key)).to_ne_bytes();
+    }
+    for (byte, key) in rest.iter_mut().zip(key) {
+        *byte ^= key;
     }
 }
 
