@@ -36,12 +36,13 @@ pub type Chunk = Box<ChunkBuffer>;
 /// Consecutive chunks of one stream that are committed together.
 pub type ChunkBatch = heapless::Vec<Chunk, CHUNKS_WAITING_MAX>;
 
-/// Output that is stored so far ahead of what the session has read waits for its next read: what is
-/// nearer is still in memory …
+/// Output that is stored so far ahead of what the session has read waits for its next read: of bulk
+/// output, what is nearer is still in memory …
 pub const PACE_BYTES: u64 = (UNITS_IN_MEMORY * READ_BYTES_MAX) as u64;
-/// … but only if the last read is not longer ago, and no longer: a child is held up where the session
-/// reads more than 64 MB/s, and nowhere by more than this for each of its reads.
+/// … but only if the last read is not longer ago, and no longer, …
 pub const PACE_PATIENCE: Duration = Duration::from_millis(2);
+/// … and once for so many bytes: no task is held below 32 MB/s by it.
+pub const PACE_STEP_BYTES: usize = READ_BYTES_MAX / 2;
 
 /// While no session is active nobody watches, and flash wears: flush this seldom.
 pub const FLUSH_INTERVAL_OFFLINE: Duration = Duration::from_secs(1);

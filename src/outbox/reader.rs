@@ -109,13 +109,20 @@ impl Engine {
             max_bytes.saturating_sub(batch.buffer.len()),
         );
         let is_full = |batch: &Batch, bytes: usize| {
-            let no_room = !batch.messages.is_empty() && batch.buffer.len() + bytes > max_bytes;
+            // A length that is not proven may be any.
+            let no_room = batch.buffer.len().saturating_add(bytes) > max_bytes;
+            let no_room = no_room && !batch.messages.is_empty();
             batch.messages.len() >= max_messages || no_room
         };
         let mut place = batch.next;
         let full = loop {
+            // What is damaged before it is passed over once.
+            match reader.next_place(place, end) {
+                Some(next) => place = next,
+                None => break false,
+            }
             // Asked first: what has no room lies behind the window, and would be read for nothing.
-            let bytes = reader.next_body_bytes(place, end);
+            let bytes = reader.body_bytes(place.byte(), end);
             if bytes.is_some_and(|bytes| is_full(batch, bytes)) {
                 break true;
             }

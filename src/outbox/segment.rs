@@ -275,7 +275,7 @@ impl SegmentReader {
     }
 
     /// Where the next record begins if nothing is damaged: here or in the next unit.
-    fn next_place(&mut self, from: Cursor, end: u64) -> Option<Cursor> {
+    pub fn next_place(&mut self, from: Cursor, end: u64) -> Option<Cursor> {
         if from.is_record() {
             return Some(from);
         }
@@ -284,10 +284,9 @@ impl SegmentReader {
         Some(Cursor::record(from.generation, first))
     }
 
-    /// How long the body of the next record is said to be; whether it is one is not known yet.
-    pub fn next_body_bytes(&mut self, from: Cursor, end: u64) -> Option<usize> {
-        let at = self.next_place(from, end)?.byte();
-        let head = RecordHead::decode(self.bytes(at, RECORD_HEAD_BYTES, end)?)?;
+    /// How long the body of the record here is said to be; whether it is one is not known yet.
+    pub fn body_bytes(&mut self, offset: u64, limit: u64) -> Option<usize> {
+        let head = RecordHead::decode(self.bytes(offset, RECORD_HEAD_BYTES, limit)?)?;
         usize::try_from(head.body_bytes).ok()
     }
 

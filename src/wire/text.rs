@@ -58,7 +58,9 @@ pub(super) fn push_lossy(out: &mut Vec<u8>, bytes: &[u8]) {
     }
     out.push(b'"');
     for chunk in bytes.utf8_chunks() {
-        push_escaped(out, chunk.valid().as_bytes());
+        if !chunk.valid().is_empty() {
+            push_escaped(out, chunk.valid().as_bytes());
+        }
         if !chunk.invalid().is_empty() {
             out.extend_from_slice("\u{fffd}".as_bytes());
         }
