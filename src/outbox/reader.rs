@@ -110,17 +110,16 @@ impl Engine {
         );
         let is_full = |batch: &Batch, bytes: usize| {
             // A length that is not proven may be any.
-            let no_room = batch.buffer.len().saturating_add(bytes) > max_bytes;
-            let no_room = no_room && !batch.messages.is_empty();
-            batch.messages.len() >= max_messages || no_room
+            let has_room = batch.buffer.len().saturating_add(bytes) <= max_bytes;
+            batch.messages.len() >= max_messages || !(has_room || batch.messages.is_empty())
         };
         let mut place = batch.next;
         let full = loop {
             // What is damaged before it is passed over once.
-            match reader.next_place(place, end) {
-                Some(next) => place = next,
-                None => break false,
-            }
+            let Some(next) = reader.next_place(place, end) else {
+                break false;
+            };
+            place = next;
             // Asked first: what has no room lies behind the window, and would be read for nothing.
             let bytes = reader.body_bytes(place.byte(), end);
             if bytes.is_some_and(|bytes| is_full(batch, bytes)) {
