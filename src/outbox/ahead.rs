@@ -90,8 +90,7 @@ impl Engine {
                 && let Some(record) = Record::decode(&head, body)
                 && let Some(message) = self.message(at, head.key, &record, skip)
             {
-                let bytes = batch.buffer.len() + head.body_bytes as usize;
-                is_full = !batch.messages.is_empty() && bytes > max_bytes;
+                is_full = !batch.has_room(body.len(), max_messages, max_bytes);
                 if !is_full {
                     push_message(batch, message, &record);
                 }

@@ -70,9 +70,8 @@ impl Engine {
                     break;
                 }
                 batch.next = Cursor::unit(generation + 1, HEADER_BYTES);
-                let has_room =
-                    batch.messages.len() < max_messages && batch.buffer.len() < max_bytes;
-                full = !has_room && !batch.messages.is_empty();
+                // No message is shorter: the next segment need not be opened.
+                full = !batch.has_room(1, max_messages, max_bytes);
             }
         }
         batch.behind_bytes = self.log.bytes_behind(batch.next);
@@ -108,11 +107,7 @@ impl Engine {
             max_messages.saturating_sub(batch.messages.len()),
             max_bytes.saturating_sub(batch.buffer.len()),
         );
-        let is_full = |batch: &Batch, bytes: usize| {
-            // A length that is not proven may be any.
-            let has_room = batch.buffer.len().saturating_add(bytes) <= max_bytes;
-            batch.messages.len() >= max_messages || !(has_room || batch.messages.is_empty())
-        };
+        let is_full = |batch: &Batch, bytes| !batch.has_room(bytes, max_messages, max_bytes);
         let mut place = batch.next;
         let full = loop {
             // What is damaged before it is passed over once.

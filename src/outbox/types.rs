@@ -234,6 +234,15 @@ pub struct Batch {
     pub at_end: bool,
 }
 
+impl Batch {
+    /// Whether a message with so much payload may still be added: the first one always. The length
+    /// may be one that is not proven.
+    pub(super) fn has_room(&self, bytes: usize, max_messages: usize, max_bytes: usize) -> bool {
+        let fits = self.buffer.len().saturating_add(bytes) <= max_bytes;
+        self.messages.len() < max_messages && (fits || self.messages.is_empty())
+    }
+}
+
 /// One message to send. A final that was copied forward is met again at its new place, so a
 /// reader that has it in flight must recognise it by its key.
 #[derive(Debug, Clone)]
