@@ -72,92 +72,113 @@ pub fn server_frame(opcode: u8, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// The fields of an object in their order, those of objects in it among them: name and value, which
+/// is empty for an object. Ends where the text is cut off, and at anything else.
+#[derive(Clone, Copy)]
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = (&'a [u8], &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let is_quote = |byte| byte == b'"';
+        let (_, behind) = split(self.0, is_quote)?;
+        let (name, behind) = split(behind, is_quote)?;
+        let value = behind.strip_prefix(b":")?;
+        let (value, behind) = match value.first()? {
+            b'"' => split(&value[1..], is_quote).unwrap_or((&value[1..], b"")),
+            b'{' => (&value[..0], value),
+            _ => split(value, |byte| matches!(byte, b',' | b'}'))?,
+        };
+        self.0 = behind;
+        Some((name, value))
+    }
+}
+
+/// What stands before the first such byte, and what behind it.
+fn split(bytes: &[u8], is_end: impl Fn(u8) -> bool) -> Option<(&[u8], &[u8])> {
+    let end = bytes.iter().position(|byte| is_end(*byte))?;
+    Some((&bytes[..end], &bytes[end + 1..]))
+}
+
 /// The fields of an envelope before its payload.
 pub struct Head<'a> {
     pub message_id: &'a str,
     pub kind: &'a str,
     pub attempt: &'a str,
     pub sequence: u64,
+    payload: Fields<'a>,
 }
 
 impl<'a> Head<'a> {
     pub fn read(frame: &'a [u8]) -> Result<Head<'a>, String> {
-        let edge = text(&frame[..frame.len().min(EDGE_BYTES)]);
-        let end = edge.find("\"payload\":").ok_or("no payload")?;
-        let fields = &edge[..end];
+        let (mut message_id, mut kind, mut attempt, mut sequence) = (None, None, "", 0);
+        let mut fields = Fields(&frame[..frame.len().min(EDGE_BYTES)]);
+        loop {
+            let (name, value) = fields.next().ok_or("no payload")?;
+            match name {
+                b"payload" => break,
+                b"message_id" => message_id = Some(text(value)),
+                b"type" => kind = Some(text(value)),
+                b"execution_attempt_id" => attempt = text(value),
+                b"sequence" => sequence = number(value).ok_or("no sequence")?,
+                _ => {}
+            }
+        }
         Ok(Head {
-            message_id: string(fields, "message_id").ok_or("no message id")?,
-            kind: string(fields, "type").ok_or("no type")?,
-            attempt: string(fields, "execution_attempt_id").unwrap_or_default(),
-            sequence: number(fields, "sequence").unwrap_or(0) as u64,
+            message_id: message_id.ok_or("no message id")?,
+            kind: kind.ok_or("no type")?,
+            attempt,
+            sequence,
+            payload: fields,
         })
+    }
+
+    pub fn exit_code(&self) -> Option<i64> {
+        number(self.payload.value("exit_code")?)
     }
 }
 
 pub struct Output<'a> {
     pub is_stderr: bool,
-    /// As JSON writes it, cut off where the frame is long.
+    /// As JSON writes it, cut off where the frame is long, and at the first `"` in it.
     pub data: &'a str,
     pub byte_count: u64,
 }
 
 impl<'a> Output<'a> {
-    pub fn read(frame: &'a [u8]) -> Result<Output<'a>, String> {
-        let edge = text(&frame[..frame.len().min(EDGE_BYTES)]);
-        let last = text(&frame[frame.len().saturating_sub(EDGE_BYTES)..]);
-        let stream = string(edge, "stream").ok_or("no stream")?;
-        let from = edge.find("\"data\":\"").ok_or("no data")? + "\"data\":\"".len();
-        let data = edge[from..].split('"').next().unwrap_or_default();
-        let at = last.rfind("\"byte_count\":").ok_or("no byte count")?;
-        let byte_count = number(&last[at..], "byte_count").ok_or("no byte count")?;
+    pub fn read(head: &Head<'a>, frame: &'a [u8]) -> Result<Output<'a>, String> {
+        const COUNT: &[u8] = b"\"byte_count\":";
+        let stream = head.payload.value("stream").ok_or("no stream")?;
+        let data = head.payload.value("data").ok_or("no data")?;
+        let last = &frame[frame.len().saturating_sub(EDGE_BYTES)..];
+        let mut places = last.windows(COUNT.len());
+        let at = places.rposition(|place| place == COUNT);
+        let count = at.and_then(|at| Fields(&last[at..]).next());
         Ok(Output {
-            is_stderr: stream == "stderr",
-            data,
-            byte_count: byte_count as u64,
+            is_stderr: stream == b"stderr",
+            data: text(data),
+            byte_count: count
+                .and_then(|(_, count)| number(count))
+                .ok_or("no byte count")?,
         })
     }
 }
 
-pub fn exit_code(frame: &[u8]) -> Option<i64> {
-    number(text(&frame[..frame.len().min(EDGE_BYTES)]), "exit_code")
+impl<'a> Fields<'a> {
+    fn value(mut self, wanted: &str) -> Option<&'a [u8]> {
+        let (_, value) = self.find(|(name, _)| *name == wanted.as_bytes())?;
+        Some(value)
+    }
 }
 
 /// The text up to where it is none: a character may be cut in two by the edge.
 fn text(bytes: &[u8]) -> &str {
-    // The begin of a character that was cut off stands before the first whole one.
-    let from = bytes
-        .iter()
-        .position(|byte| byte & 0xc0 != 0x80)
-        .unwrap_or(0);
-    match std::str::from_utf8(&bytes[from..]) {
-        Ok(text) => text,
-        Err(error) => {
-            std::str::from_utf8(&bytes[from..from + error.valid_up_to()]).unwrap_or_default()
-        }
-    }
+    bytes.utf8_chunks().next().map_or("", |chunk| chunk.valid())
 }
 
-fn string<'a>(fields: &'a str, name: &str) -> Option<&'a str> {
-    let value = value(fields, name)?.strip_prefix('"')?;
-    value.split('"').next()
-}
-
-fn number(fields: &str, name: &str) -> Option<i64> {
-    let value = value(fields, name)?;
-    let end = value
-        .find(|c: char| !c.is_ascii_digit() && c != '-')
-        .unwrap_or(value.len());
-    value[..end].parse().ok()
-}
-
-fn value<'a>(fields: &'a str, name: &str) -> Option<&'a str> {
-    let at = fields
-        .match_indices(name)
-        .find(|(at, _)| {
-            fields[..*at].ends_with('"') && fields[at + name.len()..].starts_with("\":")
-        })?
-        .0;
-    Some(&fields[at + name.len() + 2..])
+fn number<T: std::str::FromStr>(value: &[u8]) -> Option<T> {
+    text(value).parse().ok()
 }
 
 pub fn hello_ack(hello_id: &str) -> String {
@@ -185,5 +206,5 @@ pub fn ack(message_id: &str, kind: &str, attempt: &str, highest: Option<u64>) ->
 
 /// The highest sequence that an acknowledgement names.
 pub fn highest(ack: &str) -> Option<u64> {
-    number(ack, "highest_output_sequence").map(|highest| highest as u64)
+    number(Fields(ack.as_bytes()).value("highest_output_sequence")?)
 }

@@ -458,7 +458,7 @@ fn read(state: &mut State, frame: &Frame<'_>, acks: &mut Acks) -> Result<Option<
         "task.received" | "task.lease_heartbeat" => {}
         "task.started" => attempt.started_at = Some(Instant::now()),
         "task.output" => {
-            let output = frames::Output::read(frame.payload)?;
+            let output = frames::Output::read(&head, frame.payload)?;
             let stream = usize::from(output.is_stderr);
             let last = attempt.last_sequence[stream];
             if head.sequence > last + 1 && !state.allows_holes {
@@ -484,7 +484,7 @@ fn read(state: &mut State, frame: &Frame<'_>, acks: &mut Acks) -> Result<Option<
             acks.output(&head, stream);
         }
         "task.final" => {
-            attempt.exit_code = frames::exit_code(frame.payload);
+            attempt.exit_code = head.exit_code();
             if attempt.ended_at.is_none() {
                 attempt.ended_at = Some(Instant::now());
                 state.finals += 1;
