@@ -8,12 +8,13 @@
 //! - [`agent_message`]: what an agent sends.
 //! - [`server_message`]: what a control plane sends.
 //! - [`message_id`]: ids that say what they acknowledge.
-//! - [`text`]: bytes as JSON strings.
+//! - [`text`]: bytes as JSON strings; `escape` is its inner loop.
 //! - [`http`]: bodies of registration, polling, report and heartbeat.
 //! - [`timestamp`]: RFC 3339.
 
 pub mod agent_message;
 pub mod envelope;
+mod escape;
 pub mod http;
 pub mod message_id;
 pub mod server_message;

@@ -6,6 +6,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Serialize, Serializer};
 
+use super::escape::push_escaped;
+
 /// Bytes shown as text: every sequence that is no UTF-8 becomes U+FFFD.
 ///
 /// Serializes as a JSON string without an intermediate copy.
@@ -79,151 +81,9 @@ pub(super) fn push_base64(out: &mut Vec<u8>, bytes: &[u8]) {
     out.push(b'"');
 }
 
-/// Text is escaped this much at a time, into a buffer that has room for the worst of it.
-const PIECE_BYTES: usize = 1024;
-/// A name, or what is text between bytes that are none: not worth a large buffer.
-const SHORT_BYTES: usize = 64;
-/// `\u001f`.
-const ESCAPE_BYTES_MAX: usize = 6;
-const WORD_BYTES: usize = 8;
-/// Of each byte of a word the highest one.
-const HIGH_BITS: u64 = u64::from_ne_bytes([0x80; WORD_BYTES]);
-
-/// How each byte is escaped: the letter behind the backslash, [`PLAIN`] or [`HEX`].
-static LETTERS: [u8; 256] = {
-    let mut letters = [PLAIN; 256];
-    let mut control = 0;
-    while control < 0x20 {
-        letters[control] = HEX;
-        control += 1;
-    }
-    letters[b'"' as usize] = b'"';
-    letters[b'\\' as usize] = b'\\';
-    letters[b'\n' as usize] = b'n';
-    letters[b'\r' as usize] = b'r';
-    letters[b'\t' as usize] = b't';
-    letters[0x08] = b'b';
-    letters[0x0c] = b'f';
-    letters
-};
-const PLAIN: u8 = 0;
-const HEX: u8 = b'u';
-
-/// Appends the bytes, escaped; `false` if they are no UTF-8: then what has been appended is void.
-fn push_escaped(out: &mut Vec<u8>, bytes: &[u8]) -> bool {
-    match bytes.len() {
-        0..=SHORT_BYTES => push_pieces::<SHORT_BYTES, { room(SHORT_BYTES) }>(out, bytes),
-        _ => push_pieces::<PIECE_BYTES, { room(PIECE_BYTES) }>(out, bytes),
-    }
-}
-
-/// Bytes that a piece may become, and a word behind them.
-const fn room(piece: usize) -> usize {
-    ESCAPE_BYTES_MAX * piece + WORD_BYTES
-}
-
-fn push_pieces<const PIECE: usize, const ROOM: usize>(out: &mut Vec<u8>, bytes: &[u8]) -> bool {
-    let mut escaped = [0; ROOM];
-    let mut is_known_as_text = false;
-    for piece in bytes.chunks(PIECE) {
-        let (length, is_ascii) = escape(&mut escaped, piece);
-        // Most output is ASCII, and needs no look of its own.
-        if !is_ascii && !is_known_as_text {
-            if std::str::from_utf8(bytes).is_err() {
-                return false;
-            }
-            is_known_as_text = true;
-        }
-        out.extend_from_slice(&escaped[..length]);
-    }
-    true
-}
-
-/// Writes one piece; gives its length, and whether all of it is ASCII.
-///
-/// Whole words in and out, helpers that are inlined, and the rare long escape apart: the release
-/// build is optimised for size, and would call a function for each short slice. Where the next word is
-/// read does not depend on what this one has. Not inlined itself: among its caller's values those of the
-/// loop find no registers, and it takes twice as long.
-#[inline(never)]
-fn escape<const N: usize>(out: &mut [u8; N], piece: &[u8]) -> (usize, bool) {
-    let mut length = 0;
-    let mut all = 0;
-    let (words, rest) = piece.as_chunks::<WORD_BYTES>();
-    for word in words {
-        let word = u64::from_le_bytes(*word);
-        all |= word;
-        length += put_word(out, length, word);
-    }
-    for &byte in rest {
-        all |= u64::from(byte);
-        length += match LETTERS[usize::from(byte)] {
-            PLAIN => put(out, length, [byte]),
-            _ => put_escape(out, length, byte),
-        };
-    }
-    (length, all & HIGH_BITS == 0)
-}
-
-/// Writes the word whole, and whatever follows a special byte of it once more behind the escape.
-/// Gives the length of what counts.
-#[inline(always)]
-fn put_word<const N: usize>(out: &mut [u8; N], at: usize, word: u64) -> usize {
-    put(out, at, word.to_le_bytes());
-    let mut special = special_bytes(word);
-    let (mut length, mut done_bits) = (0, 0);
-    while special != 0 {
-        // The highest bit of a byte stands for it.
-        let byte_bits = special.trailing_zeros() & !7;
-        special &= special - 1;
-        length += ((byte_bits - done_bits) / 8) as usize;
-        length += put_escape(out, at + length, (word >> byte_bits) as u8);
-        put(out, at + length, (word >> byte_bits >> 8).to_le_bytes());
-        done_bits = byte_bits + 8;
-    }
-    length + WORD_BYTES - (done_bits / 8) as usize
-}
-
-/// Writes the escape of a byte that has one and gives its length.
-#[inline(always)]
-fn put_escape<const N: usize>(out: &mut [u8; N], at: usize, byte: u8) -> usize {
-    match LETTERS[usize::from(byte)] {
-        HEX => put_hex(out, at, byte),
-        letter => put(out, at, [b'\\', letter]),
-    }
-}
-
-/// A call of its own: where the next byte goes does not wait for the table.
-#[cold]
-#[inline(never)]
-fn put_hex<const N: usize>(out: &mut [u8; N], at: usize, byte: u8) -> usize {
-    let digit = |value: u8| b"0123456789abcdef"[usize::from(value)];
-    let (high, low) = (digit(byte >> 4), digit(byte & 0xf));
-    put(out, at, [b'\\', b'u', b'0', b'0', high, low])
-}
-
-/// Gives how many bytes it has written.
-#[inline(always)]
-fn put<const N: usize, const M: usize>(out: &mut [u8; N], at: usize, bytes: [u8; M]) -> usize {
-    let place = out[at..].first_chunk_mut::<M>();
-    *place.expect("behind what a piece may become there is room for a word") = bytes;
-    M
-}
-
-/// The high bit of every byte that a JSON string cannot hold as it is: controls, `"` and `\`.
-#[inline(always)]
-fn special_bytes(word: u64) -> u64 {
-    const ONES: u64 = u64::from_ne_bytes([0x01; WORD_BYTES]);
-    const BACKSLASHES: u64 = ONES * b'\\' as u64;
-    // Sums of bytes without their high bits stay in their byte. With bit 1 flipped, `"` is 0x20, the
-    // space 0x22, and the controls are among themselves: all that is special is below 0x21.
-    let not_low = ((word ^ (ONES * 0x02)) & !HIGH_BITS) + ONES * (0x80 - 0x21);
-    let not_backslash = ((word ^ BACKSLASHES) & !HIGH_BITS) + ONES * 0x7f;
-    !((not_low & not_backslash) | word) & HIGH_BITS
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::escape::PIECE_BYTES;
     use super::*;
 
     #[test]
@@ -257,11 +117,11 @@ mod tests {
             bytes.extend("\"\n\u{20ac}".as_bytes());
             check(&bytes);
         }
-        // Every byte at every place of a word and behind the last one, between others of all kinds.
+        // Every byte at every place of a block and behind the last one, between others of all kinds.
         for byte in 0..=255 {
-            for place in 0..20 {
+            for place in 0..36 {
                 for around in [b'a', b'"', 0x1f, 0x20, 0x7f, 0x80, 0xc3] {
-                    let mut bytes = [around; 20];
+                    let mut bytes = [around; 36];
                     bytes[place] = byte;
                     check(&bytes);
                 }
