@@ -148,6 +148,10 @@ pub const WINDOW_STREAM_BYTES: usize = WINDOW_BYTES / 2;
 /// Raw payload of one read, unless a single message is larger: what a full commit brings. Only so much
 /// is in memory; the rest of the window is names.
 pub const READ_BYTES_MAX: usize = CHUNKS_WAITING_MAX * CHUNK_BYTES_MAX;
+/// Heads of the unit and the records of a full commit, and its padding to a page.
+pub const BATCH_HEADS_BYTES: usize = 8 * KIB;
+/// The buffer of a batch, which may have been that of a commit.
+pub const BATCH_BUFFER_BYTES: usize = READ_BYTES_MAX + BATCH_HEADS_BYTES;
 
 /// A chunk goes at most so far ahead of the first unacknowledged one of its stream: the outbox
 /// cannot note the acknowledgement of a single chunk that is further away.
@@ -385,8 +389,8 @@ pub const GATEWAY_STOP_WAIT: Duration = Duration::from_secs(3);
 //              ids and stream marks of OPEN_ATTEMPTS_MAX attempts, ~600 bytes each          600 KiB
 //              the UNITS_IN_MEMORY before it, from which live output is read              2,048 KiB
 //              one segment read for replay                                                  520 KiB
-//   session    in flight: names only; batches of READ_BYTES_MAX: BATCHES_IN_WRITER, one in
-//              hand, one that is being read                                                 512 KiB
+//   session    in flight: names only; batches of BATCH_BUFFER_BYTES: BATCHES_IN_WRITER, one
+//              in hand, one that is being read                                              544 KiB
 //   net        data lane, (DATA_LANE_FRAMES + 2) × 16 KiB, six times that if JSON must
 //              escape                                                                       576 KiB
 //              ANSWERS_IN_WRITER finals with two texts, six times that if JSON must escape  512 KiB

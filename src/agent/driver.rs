@@ -17,7 +17,7 @@ use super::status::Status;
 use super::{Context, frames};
 use crate::executor::Stop;
 use crate::ids::{AttemptKey, Ids, Incarnation, Stream};
-use crate::limits::{BATCHES_IN_WRITER, READ_BYTES_MAX, STOP_GIVE_UP, TASK_QUEUE_MAX};
+use crate::limits::{BATCH_BUFFER_BYTES, BATCHES_IN_WRITER, STOP_GIVE_UP, TASK_QUEUE_MAX};
 use crate::net::NetError;
 use crate::outbox::{self, Cursor, Recovered, Snapshot};
 use crate::session::reports::{ReportResult, WaitingFinal};
@@ -400,7 +400,7 @@ impl Driver {
         if self.spare_buffers.len() <= BATCHES_IN_WRITER {
             messages.clear();
             buffer.clear();
-            if buffer.capacity() > READ_BYTES_MAX {
+            if buffer.capacity() > BATCH_BUFFER_BYTES {
                 buffer = Vec::new();
             }
             self.spare_buffers.push((buffer, messages));

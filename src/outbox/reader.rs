@@ -11,7 +11,7 @@ use super::record::Record;
 use super::segment::{HEADER_BYTES, SegmentReader};
 use super::types::*;
 use crate::ids::{AttemptKey, Stream};
-use crate::limits::READ_BYTES_MAX;
+use crate::limits::{BATCH_HEADS_BYTES, READ_BYTES_MAX};
 
 impl Engine {
     /// Reads unacknowledged messages forward from a cursor.
@@ -30,7 +30,7 @@ impl Engine {
             self.fresh = Fresh::default();
         }
         // At once and no more: a buffer that grows step by step becomes too large to be used again.
-        buffer.reserve_exact(max_bytes.min(READ_BYTES_MAX));
+        buffer.reserve_exact(max_bytes.min(READ_BYTES_MAX) + BATCH_HEADS_BYTES);
         messages.clear();
         let mut batch = Batch {
             messages,
@@ -91,6 +91,9 @@ impl Engine {
         let segment = &self.log.segments[at];
         let (generation, seed) = (segment.generation(), segment.header.seed());
         let (from, end) = (batch.next.byte(), segment.end);
+        if let Some(full) = self.read_in_place(seed, max_messages, max_bytes, skip, batch) {
+            return full;
+        }
         let fresh = self.fresh.position(generation, from);
         let (reader, end) = if let Some(position) = fresh {
             let (reader, end) = self.fresh.lend(position, seed);

@@ -15,7 +15,7 @@
 
 use super::record::{FLAG_LAST, RECORD_HEAD_BYTES, Record, record_crc, u32_at, u64_at};
 use crate::ids::AttemptKey;
-use crate::limits::SECTOR_BYTES;
+use crate::limits::{BATCH_BUFFER_BYTES, SECTOR_BYTES};
 
 pub(super) const UNIT_HEAD_BYTES: usize = 32;
 const UNIT_MAGIC: u32 = 0x5455_4c48;
@@ -71,6 +71,7 @@ impl UnitBuffer {
     /// Adds a record; gives its distance from the unit's begin.
     pub fn push(&mut self, key: AttemptKey, record: &Record<'_>) -> u64 {
         let start = self.end.max(UNIT_HEAD_BYTES);
+        self.make_room(start, record);
         self.bytes.resize(start, 0);
         self.starts.push(start as u32);
         self.bytes.resize(start + RECORD_HEAD_BYTES, 0);
@@ -85,6 +86,21 @@ impl UnitBuffer {
         head[32..40].copy_from_slice(&value.to_le_bytes());
         self.end = self.bytes.len();
         start as u64
+    }
+
+    /// A buffer for more than a few lines is made as large as that of a read, with which it changes
+    /// places.
+    fn make_room(&mut self, start: usize, record: &Record<'_>) {
+        let Record::Output { data, .. } = record else {
+            return;
+        };
+        let needed = start + RECORD_HEAD_BYTES + data.len();
+        if needed > self.bytes.capacity()
+            && (BATCH_BUFFER_BYTES / 8..BATCH_BUFFER_BYTES).contains(&needed)
+        {
+            self.bytes
+                .reserve_exact(BATCH_BUFFER_BYTES - self.bytes.len());
+        }
     }
 
     /// Completes the unit for this place: checksums and padding.
