@@ -17,13 +17,13 @@ use log::warn;
 use smol::Timer;
 
 use super::filling::{Filling, PipeReader, Taken};
-use super::flush::FlushPolicy;
+use super::flush::{FlushPolicy, Looks};
 use super::tail::{Tail, TailRing};
 use super::{Flush, OutputStore};
 use crate::ids::Stream;
 use crate::limits::{
     CHUNK_BUFFERS_MAX, CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch,
-    FLUSH_INTERVAL_OFFLINE, LEFTOVER_PIPE_BYTES, STORE_GIVE_UP, STORE_RETRY_DELAY,
+    FLUSH_INTERVAL_OFFLINE, LEFTOVER_PIPE_BYTES, LOOK_REST, STORE_GIVE_UP, STORE_RETRY_DELAY,
 };
 
 /// What one stream needs to be captured.
@@ -106,6 +106,7 @@ impl Capture<'_> {
         let threshold = self.flush.threshold.clamp(1, CHUNK_BYTES_MAX);
         let begun = Instant::now();
         let mut policy = FlushPolicy::default();
+        let mut looks = Looks::default();
         let mut left_over = None;
         // The last read has filled all that it was given: the child prints faster than this reads.
         let mut is_full = false;
@@ -136,15 +137,18 @@ impl Capture<'_> {
                 Taken::NotYet if left_over.is_some() => return Ok(Read::All),
                 Taken::NotYet => {
                     is_full = false;
-                    let due = filling.can_flush().then(|| {
-                        policy
-                            .due_at(self.interval())
-                            .saturating_sub(begun.elapsed())
-                    });
-                    self.wait(&pipe, due).await?;
+                    let due_at = policy.due_at(self.interval());
+                    let due = due_at.saturating_sub(begun.elapsed());
+                    if looks.rests() && !due.is_zero() {
+                        self.rest(due.min(LOOK_REST)).await;
+                    } else {
+                        let due = filling.can_flush().then_some(due);
+                        self.wait(&pipe, due).await?;
+                    }
                     continue;
                 }
             };
+            looks.found(count, begun.elapsed());
             let room = self.room.get();
             self.room.set(room.saturating_sub(count as u64));
             if count as u64 > room {
@@ -205,18 +209,27 @@ impl Capture<'_> {
 
     /// Waits for bytes, for the flush, or until the pipe is to be let go.
     async fn wait<T: AsFd>(&self, pipe: &Async<T>, due: Option<Duration>) -> io::Result<()> {
-        let flush = async {
+        let other = async {
             match due {
-                Some(after) => Timer::after(after).await,
-                None => future::pending().await,
-            };
+                Some(after) => self.rest(after).await,
+                None => self.is_let_go().await,
+            }
             Ok(())
         };
-        let let_go = async {
-            let _ = self.let_go.recv().await;
-            Ok(())
+        future::or(pipe.readable(), other).await
+    }
+
+    /// Waits for this time, or until the pipe is to be let go.
+    async fn rest(&self, time: Duration) {
+        let over = async {
+            Timer::after(time).await;
         };
-        future::or(pipe.readable(), future::or(flush, let_go)).await
+        future::or(over, self.is_let_go()).await;
+    }
+
+    async fn is_let_go(&self) {
+        // Nothing is ever sent: it is closed.
+        let _ = self.let_go.recv().await;
     }
 
     fn interval(&self) -> Duration {

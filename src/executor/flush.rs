@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use crate::limits::{HASTY_BYTES, HASTY_READS, HASTY_TIME};
+
 /// Pure: time comes in as an argument, counted from any fixed moment.
 #[derive(Debug, Default)]
 pub struct FlushPolicy {
@@ -21,9 +23,94 @@ impl FlushPolicy {
     }
 }
 
+/// When a pipe that has run empty is left alone for a moment. A child that prints lines quickly would
+/// wake the agent for each of them, for nothing: they are flushed together. Pure, as above.
+#[derive(Debug)]
+pub enum Looks {
+    /// Whenever there is something. So many reads have brought something since then.
+    AtOnce { since: Duration, reads: u32 },
+    /// After a rest each, as long as they find something.
+    AfterRests { found: bool },
+}
+
+impl Default for Looks {
+    fn default() -> Looks {
+        Looks::AtOnce {
+            since: Duration::ZERO,
+            reads: 0,
+        }
+    }
+}
+
+impl Looks {
+    /// A read has brought so much.
+    pub fn found(&mut self, bytes: usize, now: Duration) {
+        match self {
+            // Who prints much is not held up.
+            _ if bytes > HASTY_BYTES => *self = Looks::default(),
+            Looks::AtOnce { since, reads } => {
+                if now.saturating_sub(*since) > HASTY_TIME {
+                    (*since, *reads) = (now, 0);
+                }
+                *reads += 1;
+                if *reads == HASTY_READS {
+                    *self = Looks::AfterRests { found: true };
+                }
+            }
+            Looks::AfterRests { found } => *found = true,
+        }
+    }
+
+    /// There is nothing more: whether to rest before the next look.
+    pub fn rests(&mut self) -> bool {
+        match self {
+            Looks::AfterRests { found } if *found => {
+                *found = false;
+                true
+            }
+            Looks::AfterRests { .. } => {
+                *self = Looks::default();
+                false
+            }
+            Looks::AtOnce { .. } => false,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn quick_lines_are_looked_for_after_rests_as_long_as_there_are_any() {
+        let mut looks = Looks::default();
+        let mut now = Duration::from_secs(1);
+        let mut line = |looks: &mut Looks, after: Duration| {
+            now += after;
+            looks.found(HASTY_BYTES, now);
+            looks.rests()
+        };
+        let (quick, slow) = (HASTY_TIME / (2 * HASTY_READS), HASTY_TIME / 4);
+        for _ in 0..100 {
+            assert!(!line(&mut looks, slow), "each is looked for at once");
+        }
+        // The first one begins the count anew.
+        assert!(!line(&mut looks, HASTY_TIME * 2));
+        for _ in 2..HASTY_READS {
+            assert!(!line(&mut looks, quick));
+        }
+        for _ in 0..100 {
+            assert!(line(&mut looks, quick));
+        }
+        assert!(!looks.rests(), "the last rest has brought nothing");
+        assert!(!line(&mut looks, quick), "it has to be quick again");
+        for _ in 0..HASTY_READS {
+            line(&mut looks, quick);
+        }
+        assert!(line(&mut looks, quick));
+        looks.found(HASTY_BYTES + 1, Duration::from_secs(9));
+        assert!(!looks.rests(), "much is read without rests");
+    }
 
     #[test]
     fn first_bytes_go_at_once_then_once_an_interval() {

@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::setup::Setup;
 use super::*;
-use crate::limits::{CHUNK_BYTES_MAX, STORE_GIVE_UP};
+use crate::limits::{CHUNK_BYTES_MAX, LOOK_REST, STORE_GIVE_UP};
 
 #[derive(Default)]
 struct FakeStore {
@@ -540,6 +540,33 @@ fn characters_stay_whole_when_one_read_fills_several_buffers() {
     assert!(chunks.len() <= fewest + 2, "{} chunks", chunks.len());
     let kept = &text.as_bytes()[text.len() - 70_000..];
     assert!(kept.ends_with(&captured.tail.bytes) && captured.tail.bytes.len() > 69_990);
+}
+
+/// Each byte is written after the one before has been read, so this takes long only if the reader rests.
+#[test]
+fn who_prints_quickly_is_looked_after_at_rests() {
+    let store = FakeStore::default();
+    let ended_at = Cell::new(None);
+    let room = Cell::new(u64::MAX);
+    let (capture, _others) = capture(CHUNK_BYTES_MAX, 5, &ended_at, &room);
+    let (pipe, mut writer) = std::io::pipe().expect("a pipe");
+    let printer = std::thread::spawn(move || {
+        for _ in 0..200 {
+            std::io::Write::write_all(&mut writer, b"x").expect("it is read");
+            while rustix::io::ioctl_fionread(&writer).expect("a pipe says") > 0 {
+                std::thread::yield_now();
+            }
+            // What a program does between two lines: the reader looks in vain meanwhile.
+            std::thread::sleep(Duration::from_micros(10));
+        }
+    });
+    let begun = Instant::now();
+    let captured = smol::block_on(capture.run(pipe, &store));
+    let elapsed = begun.elapsed();
+    printer.join().expect("prints all");
+    assert!(elapsed > 50 * LOOK_REST, "{elapsed:?}");
+    assert_eq!(captured.last_sequence, 2, "the first byte at once");
+    assert_eq!(store.bytes(Stream::Stdout), [b'x'; 200]);
 }
 
 #[test]
