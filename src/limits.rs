@@ -46,11 +46,14 @@ pub const PACE_STEP_BYTES: usize = READ_BYTES_MAX / 2;
 
 /// While no session is active nobody watches, and flash wears: flush this seldom.
 pub const FLUSH_INTERVAL_OFFLINE: Duration = Duration::from_secs(1);
-/// A child that prints so often in this time, 1,000 times a second, is looked after at rests, …
-pub const HASTY_READS: u32 = 8;
+/// When so many looks in this time find something in a pipe, 1,000 a second, there are rests between
+/// them, …
+pub const HASTY_LOOKS: u32 = 8;
 pub const HASTY_TIME: Duration = Duration::from_millis(8);
-/// … as long as a look finds no more than this, so that no task is held below 4 MB/s by it.
+/// … as long as a look finds no more than this, so that no task is held below 4 MB/s by it, …
 pub const HASTY_BYTES: usize = CHUNK_BYTES_MAX / 2;
+/// … and if the pipe holds as much: less, where the user's quota is used up, may be full by then.
+pub const HASTY_PIPE_BYTES: usize = 4 * CHUNK_BYTES_MAX;
 /// Such a rest.
 pub const LOOK_REST: Duration = Duration::from_millis(2);
 

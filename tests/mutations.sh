@@ -24,7 +24,7 @@ missed=0
 for name in "${names[@]}"; do
     patch=$root/tests/mutations/$name.patch
     log=$copy/$name.log
-    patch -p1 -s --no-backup-if-mismatch <"$patch"
+    patch -p1 -s -F0 --no-backup-if-mismatch <"$patch"
     if simulate >"$log" 2>&1; then
         missed=$((missed + 1))
         printf '%-32s not noticed in %s histories\n' "$name" "$HOSTLINK_AGENT_HISTORIES"
@@ -37,6 +37,6 @@ for name in "${names[@]}"; do
         tail -5 "$log"
         printf '%-32s does not build\n' "$name"
     fi
-    patch -p1 -s -R --no-backup-if-mismatch <"$patch"
+    patch -p1 -s -F0 -R --no-backup-if-mismatch <"$patch"
 done
 exit $((missed > 0))

@@ -23,7 +23,8 @@ use super::{Flush, OutputStore};
 use crate::ids::Stream;
 use crate::limits::{
     CHUNK_BUFFERS_MAX, CHUNK_BYTES_MAX, CHUNKS_WAITING_MAX, Chunk, ChunkBatch,
-    FLUSH_INTERVAL_OFFLINE, LEFTOVER_PIPE_BYTES, LOOK_REST, STORE_GIVE_UP, STORE_RETRY_DELAY,
+    FLUSH_INTERVAL_OFFLINE, HASTY_PIPE_BYTES, LEFTOVER_PIPE_BYTES, LOOK_REST, STORE_GIVE_UP,
+    STORE_RETRY_DELAY,
 };
 
 /// What one stream needs to be captured.
@@ -102,11 +103,15 @@ impl Capture<'_> {
         // Larger than the default of 64 KiB: fewer switches between child and agent. A refusal
         // (the user's pipe quota) changes nothing else.
         let _ = rustix::pipe::fcntl_setpipe_size(&pipe, PIPE_BYTES);
+        let size = rustix::pipe::fcntl_getpipe_size(&pipe);
+        let may_rest = size.is_ok_and(|bytes| bytes >= HASTY_PIPE_BYTES);
         let pipe = Async::new(PipeReader(pipe))?;
         let threshold = self.flush.threshold.clamp(1, CHUNK_BYTES_MAX);
         let begun = Instant::now();
         let mut policy = FlushPolicy::default();
         let mut looks = Looks::default();
+        // What was printed meanwhile goes with this flush, not with the next one.
+        let mut has_rested = false;
         let mut left_over = None;
         // The last read has filled all that it was given: the child prints faster than this reads.
         let mut is_full = false;
@@ -117,7 +122,8 @@ impl Capture<'_> {
                 left_over = Some(LEFTOVER_PIPE_BYTES);
             }
             let due = filling.can_flush().then(|| policy.due_at(self.interval()));
-            if due.is_some_and(|due| due <= begun.elapsed()) {
+            let has_just_rested = std::mem::take(&mut has_rested);
+            if !has_just_rested && due.is_some_and(|due| due <= begun.elapsed()) {
                 filling.flush().await;
                 policy.flushed(begun.elapsed());
             }
@@ -138,9 +144,11 @@ impl Capture<'_> {
                 Taken::NotYet => {
                     is_full = false;
                     let due_at = policy.due_at(self.interval());
-                    let due = due_at.saturating_sub(begun.elapsed());
-                    if looks.rests() && !due.is_zero() {
+                    let now = begun.elapsed();
+                    let due = due_at.saturating_sub(now);
+                    if looks.ran_empty(now) && may_rest && !due.is_zero() {
                         self.rest(due.min(LOOK_REST)).await;
+                        has_rested = true;
                     } else {
                         let due = filling.can_flush().then_some(due);
                         self.wait(&pipe, due).await?;
@@ -148,7 +156,7 @@ impl Capture<'_> {
                     continue;
                 }
             };
-            looks.found(count, begun.elapsed());
+            looks.found(count);
             let room = self.room.get();
             self.room.set(room.saturating_sub(count as u64));
             if count as u64 > room {

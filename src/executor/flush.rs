@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::limits::{HASTY_BYTES, HASTY_READS, HASTY_TIME};
+use crate::limits::{HASTY_BYTES, HASTY_LOOKS, HASTY_TIME};
 
 /// Pure: time comes in as an argument, counted from any fixed moment.
 #[derive(Debug, Default)]
@@ -25,55 +25,57 @@ impl FlushPolicy {
 
 /// When a pipe that has run empty is left alone for a moment. A child that prints lines quickly would
 /// wake the agent for each of them, for nothing: they are flushed together. Pure, as above.
-#[derive(Debug)]
-pub enum Looks {
-    /// Whenever there is something. So many reads have brought something since then.
-    AtOnce { since: Duration, reads: u32 },
-    /// After a rest each, as long as they find something.
-    AfterRests { found: bool },
+#[derive(Debug, Default)]
+pub struct Looks {
+    /// Bytes since it ran empty last.
+    found_bytes: usize,
+    mode: Mode,
 }
 
-impl Default for Looks {
-    fn default() -> Looks {
-        Looks::AtOnce {
+#[derive(Debug)]
+enum Mode {
+    /// Whenever there is something. So many looks have found a little since then.
+    AtOnce { since: Duration, looks: u32 },
+    /// After a rest each, as long as they find a little.
+    AfterRests,
+}
+
+impl Default for Mode {
+    fn default() -> Mode {
+        Mode::AtOnce {
             since: Duration::ZERO,
-            reads: 0,
+            looks: 0,
         }
     }
 }
 
 impl Looks {
     /// A read has brought so much.
-    pub fn found(&mut self, bytes: usize, now: Duration) {
-        match self {
-            // Who prints much is not held up.
-            _ if bytes > HASTY_BYTES => *self = Looks::default(),
-            Looks::AtOnce { since, reads } => {
-                if now.saturating_sub(*since) > HASTY_TIME {
-                    (*since, *reads) = (now, 0);
-                }
-                *reads += 1;
-                if *reads == HASTY_READS {
-                    *self = Looks::AfterRests { found: true };
-                }
-            }
-            Looks::AfterRests { found } => *found = true,
-        }
+    pub fn found(&mut self, bytes: usize) {
+        self.found_bytes = self.found_bytes.saturating_add(bytes);
     }
 
     /// There is nothing more: whether to rest before the next look.
-    pub fn rests(&mut self) -> bool {
-        match self {
-            Looks::AfterRests { found } if *found => {
-                *found = false;
-                true
+    pub fn ran_empty(&mut self, now: Duration) -> bool {
+        let found = std::mem::take(&mut self.found_bytes);
+        match &mut self.mode {
+            // Who prints much is not held up.
+            mode if found > HASTY_BYTES => *mode = Mode::default(),
+            Mode::AfterRests if found > 0 => return true,
+            Mode::AfterRests => self.mode = Mode::default(),
+            Mode::AtOnce { since, looks } if found > 0 => {
+                if now.saturating_sub(*since) > HASTY_TIME {
+                    (*since, *looks) = (now, 0);
+                }
+                *looks += 1;
+                if *looks == HASTY_LOOKS {
+                    self.mode = Mode::AfterRests;
+                    return true;
+                }
             }
-            Looks::AfterRests { .. } => {
-                *self = Looks::default();
-                false
-            }
-            Looks::AtOnce { .. } => false,
+            Mode::AtOnce { .. } => {}
         }
+        false
     }
 }
 
@@ -87,29 +89,32 @@ mod tests {
         let mut now = Duration::from_secs(1);
         let mut line = |looks: &mut Looks, after: Duration| {
             now += after;
-            looks.found(HASTY_BYTES, now);
-            looks.rests()
+            looks.found(HASTY_BYTES / 2);
+            looks.found(HASTY_BYTES / 2);
+            looks.ran_empty(now)
         };
-        let (quick, slow) = (HASTY_TIME / (2 * HASTY_READS), HASTY_TIME / 4);
+        let (quick, slow) = (HASTY_TIME / (2 * HASTY_LOOKS), HASTY_TIME / 4);
         for _ in 0..100 {
             assert!(!line(&mut looks, slow), "each is looked for at once");
         }
         // The first one begins the count anew.
         assert!(!line(&mut looks, HASTY_TIME * 2));
-        for _ in 2..HASTY_READS {
+        for _ in 2..HASTY_LOOKS {
             assert!(!line(&mut looks, quick));
         }
         for _ in 0..100 {
             assert!(line(&mut looks, quick));
         }
-        assert!(!looks.rests(), "the last rest has brought nothing");
-        assert!(!line(&mut looks, quick), "it has to be quick again");
-        for _ in 0..HASTY_READS {
-            line(&mut looks, quick);
+        let later = Duration::from_secs(9);
+        assert!(!looks.ran_empty(later), "the last rest has brought nothing");
+        for _ in 1..HASTY_LOOKS {
+            assert!(!line(&mut looks, quick), "it has to be quick again");
         }
         assert!(line(&mut looks, quick));
-        looks.found(HASTY_BYTES + 1, Duration::from_secs(9));
-        assert!(!looks.rests(), "much is read without rests");
+        looks.found(HASTY_BYTES);
+        looks.found(1);
+        assert!(!looks.ran_empty(later), "much is read without rests");
+        assert!(!line(&mut looks, quick));
     }
 
     #[test]

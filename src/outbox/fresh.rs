@@ -40,6 +40,9 @@ impl Fresh {
         unit.clear_into(&mut newest.bytes);
         if newest.bytes.capacity() > UNIT_BUFFER_KEPT_BYTES {
             *newest = FreshUnit::default();
+        } else if newest.bytes.len() <= BATCH_BUFFER_BYTES {
+            // It has held a larger one before.
+            newest.bytes.shrink_to(BATCH_BUFFER_BYTES);
         }
     }
 
@@ -154,7 +157,7 @@ impl Engine {
 #[cfg(test)]
 mod tests {
     use crate::ids::Stream;
-    use crate::limits::{Chunk, ChunkBatch, ChunkBuffer, UNITS_IN_MEMORY};
+    use crate::limits::{CHUNK_BYTES_MAX, Chunk, ChunkBatch, ChunkBuffer, UNITS_IN_MEMORY};
     use crate::outbox::model::{Tester, content, final_of, ids};
     use crate::outbox::types::{Body, Cursor, ReadRequest};
 
@@ -272,6 +275,32 @@ mod tests {
         tester.engine().commit();
         assert_eq!(count(&mut tester, end, 100, 1 << 20).0, 2);
         assert!(has_newest(&mut tester), "a final has two texts");
+    }
+
+    #[test]
+    fn a_buffer_that_has_held_more_is_handed_over_all_the_same() {
+        let (mut tester, number, mut follows) = followed(0);
+        let key = ids(number).key();
+        let full = || Chunk::new(ChunkBuffer::from_slice(&[b'x'; CHUNK_BYTES_MAX]).expect("fits"));
+        for round in 0..3 {
+            for (stream, first) in [(OUT, 2), (Stream::Stderr, 1)] {
+                let batch: ChunkBatch = std::iter::repeat_with(full).take(8).collect();
+                let (reply, _answer) = async_channel::bounded(1);
+                let first = first + 8 * round;
+                tester.engine().append(key, stream, first, batch, reply);
+            }
+            tester.engine().commit();
+            let (found, end) = count(&mut tester, follows, 100, 1 << 20);
+            assert_eq!(found, 16);
+            assert!(has_newest(&mut tester), "it is too large");
+            follows = end;
+        }
+        let batch: ChunkBatch = std::iter::repeat_with(full).take(8).collect();
+        tester
+            .ask(|engine, reply| engine.append(key, OUT, 26, batch, reply))
+            .expect("stored");
+        assert_eq!(count(&mut tester, follows, 100, 1 << 20).0, 8);
+        assert!(!has_newest(&mut tester));
     }
 
     #[test]

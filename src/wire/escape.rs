@@ -6,8 +6,9 @@
 
 /// Text is escaped about this much at a time, into a buffer that has room for the worst of it.
 pub(super) const PIECE_BYTES: usize = 2048;
-/// A line, or what is text between bytes that are none: not worth a large buffer.
+/// A line, and what is text between bytes that are none: not worth a large buffer.
 const SHORT_BYTES: usize = 256;
+const SHORTEST_BYTES: usize = 32;
 /// `\u001f`.
 const ESCAPE_BYTES_MAX: usize = 6;
 const BLOCK_BYTES: usize = 16;
@@ -35,9 +36,12 @@ const HEX: u8 = b'u';
 
 /// Appends the bytes, escaped; `false` if they are no UTF-8: then what has been appended is void.
 pub(super) fn push_escaped(out: &mut Vec<u8>, bytes: &[u8]) -> bool {
-    match bytes.len() {
-        0..=SHORT_BYTES => push_pieces::<SHORT_BYTES, { room(SHORT_BYTES) }>(out, bytes),
-        _ => push_pieces::<PIECE_BYTES, { room(PIECE_BYTES) }>(out, bytes),
+    if bytes.len() <= SHORTEST_BYTES {
+        push_pieces::<SHORTEST_BYTES, { room(SHORTEST_BYTES) }>(out, bytes)
+    } else if bytes.len() <= SHORT_BYTES {
+        push_pieces::<SHORT_BYTES, { room(SHORT_BYTES) }>(out, bytes)
+    } else {
+        push_pieces::<PIECE_BYTES, { room(PIECE_BYTES) }>(out, bytes)
     }
 }
 
