@@ -213,7 +213,7 @@ mod tests {
 
     /// One chunk that is read, and behind it units of eight.
     fn followed(units: u64) -> (Tester, u64, Cursor) {
-        let mut tester = Tester::new(1 << 20);
+        let mut tester = Tester::new(64 << 20);
         let number = tester.receive();
         tester.start(number);
         tester.append(number, OUT, 1);
