@@ -95,6 +95,13 @@ impl<'a> Iterator for Fields<'a> {
     }
 }
 
+impl<'a> Fields<'a> {
+    fn value(mut self, wanted: &str) -> Option<&'a [u8]> {
+        let (_, value) = self.find(|(name, _)| *name == wanted.as_bytes())?;
+        Some(value)
+    }
+}
+
 /// What stands before the first such byte, and what behind it.
 fn split(bytes: &[u8], is_end: impl Fn(u8) -> bool) -> Option<(&[u8], &[u8])> {
     let end = bytes.iter().position(|byte| is_end(*byte))?;
@@ -162,13 +169,6 @@ impl<'a> Output<'a> {
                 .and_then(|(_, count)| number(count))
                 .ok_or("no byte count")?,
         })
-    }
-}
-
-impl<'a> Fields<'a> {
-    fn value(mut self, wanted: &str) -> Option<&'a [u8]> {
-        let (_, value) = self.find(|(name, _)| *name == wanted.as_bytes())?;
-        Some(value)
     }
 }
 

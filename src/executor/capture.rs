@@ -122,8 +122,7 @@ impl Capture<'_> {
                 left_over = Some(LEFTOVER_PIPE_BYTES);
             }
             let due = filling.can_flush().then(|| policy.due_at(self.interval()));
-            let has_just_rested = std::mem::take(&mut has_rested);
-            if !has_just_rested && due.is_some_and(|due| due <= begun.elapsed()) {
+            if !std::mem::take(&mut has_rested) && due.is_some_and(|due| due <= begun.elapsed()) {
                 filling.flush().await;
                 policy.flushed(begun.elapsed());
             }

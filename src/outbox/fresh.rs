@@ -240,6 +240,13 @@ mod tests {
         (batch.messages.len(), batch.next)
     }
 
+    /// Appends chunks of a stream from a sequence on, for the next commit.
+    fn stage(tester: &mut Tester, number: u64, from: (Stream, u64), batch: ChunkBatch) {
+        let (reply, _answer) = async_channel::bounded(1);
+        let (key, (stream, first)) = (ids(number).key(), from);
+        tester.engine().append(key, stream, first, batch, reply);
+    }
+
     #[test]
     fn a_unit_of_much_output_becomes_the_batch() {
         let (mut tester, number, follows) = followed(1);
@@ -262,14 +269,13 @@ mod tests {
         let seven: usize = (2..=8).map(|it| content(number, OUT, it).len()).sum();
         assert_eq!(count(&mut tester, follows, 100, seven).0, 7);
         let (_, middle) = count(&mut tester, follows, 1, 1 << 20);
-        assert_eq!(read(&mut tester, number, middle).0, Vec::from_iter(3..=9));
+        let (found, end) = read(&mut tester, number, middle);
+        assert_eq!(found, Vec::from_iter(3..=9));
         assert!(has_newest(&mut tester));
-        let (_, end) = read(&mut tester, number, middle);
-        let (key, other) = (ids(number).key(), tester.receive());
+        let other = tester.receive();
         let long = Chunk::new(ChunkBuffer::from_slice(&[b'x'; 5000]).expect("fits"));
         let batch = ChunkBatch::from_iter([long]);
-        let (reply, _answer) = async_channel::bounded(1);
-        tester.engine().append(key, OUT, 10, batch, reply);
+        stage(&mut tester, number, (OUT, 10), batch);
         let fin = final_of(other);
         tester.engine().finish(ids(other).key(), fin, false, None);
         tester.engine().commit();
@@ -280,14 +286,11 @@ mod tests {
     #[test]
     fn a_buffer_that_has_held_more_is_handed_over_all_the_same() {
         let (mut tester, number, mut follows) = followed(0);
-        let key = ids(number).key();
         let full = || Chunk::new(ChunkBuffer::from_slice(&[b'x'; CHUNK_BYTES_MAX]).expect("fits"));
         for round in 0..3 {
             for (stream, first) in [(OUT, 2), (Stream::Stderr, 1)] {
                 let batch: ChunkBatch = std::iter::repeat_with(full).take(8).collect();
-                let (reply, _answer) = async_channel::bounded(1);
-                let first = first + 8 * round;
-                tester.engine().append(key, stream, first, batch, reply);
+                stage(&mut tester, number, (stream, first + 8 * round), batch);
             }
             tester.engine().commit();
             let (found, end) = count(&mut tester, follows, 100, 1 << 20);
@@ -296,9 +299,8 @@ mod tests {
             follows = end;
         }
         let batch: ChunkBatch = std::iter::repeat_with(full).take(8).collect();
-        tester
-            .ask(|engine, reply| engine.append(key, OUT, 26, batch, reply))
-            .expect("stored");
+        stage(&mut tester, number, (OUT, 26), batch);
+        tester.engine().commit();
         assert_eq!(count(&mut tester, follows, 100, 1 << 20).0, 8);
         assert!(!has_newest(&mut tester));
     }
